@@ -1,9 +1,11 @@
 """Ten kinds of ray-marched solids: a labelled image data set that needs no download.
 
-Every image is a function of (seed, index, size) alone, and its scene of (seed, index), so that the same scene
-can be drawn at any size. Surfaces are signed distance functions, found by sphere tracing with an orthographic
-camera. The solids lie inside the unit ball; `y` points up, the camera looks towards negative `z` and down.
+Every image is a function of (seed, index, size) alone, and its scene of (seed, index): one scene, any size.
+Solids lie inside the unit ball; `y` points up, an orthographic camera looks towards negative `z` and down.
 Arrays of scenes and of rays have their `n` scenes or rays on the last axis.
+
+Solids are signed distance functions (Quilez, "Distance functions"), negative inside. A maximum or minimum of
+distances is only a lower bound of the distance; its slope is at most 1, which is all a march needs.
 """
 
 from __future__ import annotations
@@ -30,11 +32,6 @@ _EPSILON = 2e-3  # distance that counts as a hit
 _CHUNK = 100_000  # rays marched together: their arrays stay in the processor's cache
 _SUBPIXELS = ((-0.375, -0.125), (-0.125, 0.375), (0.125, -0.375), (0.375, 0.125))  # rotated grid, in pixels
 _CREASE = 0.08  # squared difference of neighbouring normals from which an edge lies between two pixels
-_AMBIENT, _SHINE = 0.28, 0.3  # light that reaches every face; strength of the highlight
-
-
-# Signed distance functions (Quilez, "Distance functions"): negative inside. A maximum or minimum of distances
-# is only a lower bound of the distance; its slope is at most 1, which is all a march needs.
 
 
 def capsule(x: Floats, y: Floats, z: Floats) -> Floats:
@@ -128,8 +125,7 @@ class Solids:
 
     def __init__(self, *, count: int, seed: int, image_size: int) -> None:
         self.name = "solids"
-        self.seed = seed
-        self.image_size = image_size
+        self.seed, self.image_size = seed, image_size
         self.classes = CLASSES
         self.labels = label(np.arange(count, dtype=np.int64))
         self.keys: Sequence[str] = [f"{CLASSES[kind]}/{i:06d}" for i, kind in enumerate(self.labels)]
@@ -138,8 +134,7 @@ class Solids:
         return digest([f"solids {VERSION} seed={self.seed} count={len(self.keys)} size={self.image_size}"])
 
     def load(self, indices: Sequence[int]) -> Batch:
-        pixels = render(indices, seed=self.seed, size=self.image_size)
-        return Batch(np.asarray(indices, np.int64), pixels)
+        return Batch(np.asarray(indices, np.int64), render(indices, seed=self.seed, size=self.image_size))
 
 
 def render(indices: Sequence[int] | Ints, *, seed: int, size: int) -> NDArray[np.uint8]:
@@ -161,11 +156,8 @@ def render(indices: Sequence[int] | Ints, *, seed: int, size: int) -> NDArray[np
 class Scene(NamedTuple):
     """What an image shows besides its kind of solid. Directions are unit vectors in the axes of the solid."""
 
-    right: Floats  # 3
-    up: Floats  # 3
-    forward: Floats  # 3, from the camera into the picture
-    light: Floats  # 3, towards the light
-    half: Floats  # 3, halfway between the light and the camera
+    view: Floats  # 3 3, the picture's right and up, and forward into it
+    light: Floats  # 2 3, towards the light, and halfway between the light and the camera
     tilt: Floats  # angle of the camera above the ground, in radians
     shadow: Floats  # 2, centre of the shadow on the ground, across and along the view
     zoom: Floats  # half the width of the picture
@@ -184,19 +176,19 @@ def scene(seed: int, index: int) -> Scene:
     light = _direction(random.choice((-1, 1)) * radians(draw(45, 75)), radians(draw(48, 60)))
     camera = _direction(0, tilt)
     half = (light + camera) / np.sqrt(((light + camera) ** 2).sum())
-    axes = np.stack([_direction(pi / 2, 0), _direction(pi, pi / 2 - tilt), -camera, light, half])
-    side = random.choice((-1, 1)) if kind.lean_axis else 1
-    lean, yaw = side * radians(draw(*kind.lean)), radians(draw(*kind.yaw))
-    hue = draw(0, 1)
-    far_hue, value = hue + draw(0.3, 0.7), draw(0.5, 0.85)
+    world = np.stack([_direction(pi / 2, 0), _direction(pi, pi / 2 - tilt), -camera, light, half])
+    lean = (random.choice((-1, 1)) if kind.lean_axis else 1) * radians(draw(*kind.lean))
+    axes = world @ _rotation(kind.lean_axis, lean) @ _rotation(1, radians(draw(*kind.yaw)))
+    hue, apart, value = draw(0, 1), draw(0.3, 0.7), draw(0.5, 0.85)  # apart: solid and background contrast
     fields = (
-        *(axes @ _rotation(kind.lean_axis, lean) @ _rotation(1, yaw)),
+        axes[:3],
+        axes[3:],
         tilt,
         -0.45 * light[[0, 2]],
         draw(1.25, 1.55),
         draw(-0.1, 0.1, size=2),
         _hsv(hue, draw(0.6, 0.95), draw(0.8, 1)),
-        [_hsv(far_hue + draw(-0.06, 0.06), draw(0.1, 0.45), value + draw(-0.1, 0.1)) for _ in range(2)],
+        [_hsv(hue + apart + draw(-0.06, 0.06), draw(0.1, 0.45), value + draw(-0.1, 0.1)) for _ in range(2)],
     )
     return Scene(*(np.asarray(field, np.float32) for field in fields))
 
@@ -254,33 +246,27 @@ def _trace(kind: Kind, scene: Scene, image: Ints, x: Floats, y: Floats) -> tuple
     normal = np.zeros_like(colour)
     rays = np.flatnonzero(a * a + b * b < 1)
     near = image[rays]
-    centre = a[rays] * scene.right[:, near] + b[rays] * scene.up[:, near]
-    hit, points = _march(kind.distance, centre, scene.forward[:, near])
+    right, up, forward = scene.view[..., near]
+    hit, points = _march(kind.distance, a[rays] * right + b[rays] * up, forward)
     rays, near = rays[hit], near[hit]
     normal[:, rays] = _normals(kind.distance, points)
     colour[:, rays] = _shade(scene, near, normal[:, rays])
     return colour, normal
 
 
-def _march(distance: Distance, centre: Floats, direction: Floats) -> tuple[Ints, Floats]:
-    """Sphere tracing through the unit ball (Hart 1996, "Sphere tracing"): rays that hit, and where, `3 hits`.
+def _march(distance: Distance, centre: Floats, direction: Floats) -> tuple[NDArray[np.bool_], Floats]:
+    """Rays that hit, and where (`3 hits`): sphere tracing in the unit ball (Hart 1996, "Sphere tracing").
 
-    A step as long as the distance cannot pass through a surface. `centre` (`3 n`) is nearest to the origin.
+    `centre` is the middle of a ray's way through the ball. A step as long as the distance passes no surface.
     """
-    end = np.sqrt(1 - _dot(centre, centre))
-    points = np.zeros_like(centre)
-    hit = np.zeros(len(end), bool)
-    active, t = np.arange(len(end)), -end
+    end = np.sqrt(np.maximum(1 - _dot(centre, centre), 0))
+    t, hit, active = -end, np.zeros(len(end), bool), np.arange(len(end))
     for _ in range(_STEPS):
-        at = centre[:, active] + t * direction[:, active]
-        gap = distance(*at)
-        reached = gap < _EPSILON
-        hit[active[reached]] = True
-        points[:, active[reached]] = at[:, reached]
-        t = t + gap
-        going = ~reached & (t < end[active])
-        active, t = active[going], t[going]
-    return np.flatnonzero(hit), points[:, hit]
+        gap = distance(*(centre[:, active] + t[active] * direction[:, active]))
+        hit[active] = gap < _EPSILON
+        t[active] += np.where(hit[active], 0, gap)
+        active = active[~hit[active] & (t[active] < end[active])]
+    return hit, centre[:, hit] + t[hit] * direction[:, hit]
 
 
 def _normals(distance: Distance, points: Floats) -> Floats:
@@ -293,22 +279,21 @@ def _normals(distance: Distance, points: Floats) -> Floats:
 
 
 def _dot(a: Floats, b: Floats) -> Floats:
-    product: Floats = a * b
-    return product[0] + product[1] + product[2]
+    product: Floats = (a * b).sum(0)
+    return product
 
 
 def _shade(scene: Scene, image: Ints, normal: Floats) -> Floats:
     """Lambert's cosine law over ambient light, and a highlight (Blinn 1977, "Models of light reflection")."""
-    lambert = np.maximum(_dot(normal, scene.light[:, image]), 0)
-    shine = np.maximum(_dot(normal, scene.half[:, image]), 0) ** 32
-    return scene.albedo[:, image] * (_AMBIENT + (1 - _AMBIENT) * lambert) + _SHINE * shine
+    light, half = scene.light[..., image]
+    lambert, shine = np.maximum(_dot(normal, light), 0), np.maximum(_dot(normal, half), 0) ** 32
+    return scene.albedo[:, image] * (0.28 + 0.72 * lambert) + 0.3 * shine
 
 
 def _background(scene: Scene, low: float, image: Ints, a: Floats, b: Floats, y: Floats) -> Floats:
     """A vertical gradient, with a soft shadow where the ray at (a, b) meets the ground at height `low`."""
     along = (low * np.cos(scene.tilt)[image] - b) / np.sin(scene.tilt)[image]
-    bottom, top = scene.ground[:, :, image]
+    bottom, top = scene.ground[..., image]
     away = (a - scene.shadow[0, image]) ** 2 + (along - scene.shadow[1, image]) ** 2
-    shadow = 0.55 / (1 + 1.2 * away) ** 2
-    colour: Floats = (bottom + (top - bottom) * ((y + 1) / 2)) * (1 - shadow)
+    colour: Floats = (bottom + (top - bottom) * ((y + 1) / 2)) * (1 - 0.55 / (1 + 1.2 * away) ** 2)
     return colour

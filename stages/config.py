@@ -1,0 +1,216 @@
+"""The configuration: one YAML file an experiment, typed and checked, with `--set key=value` on top."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError, model_validator
+
+Fraction = Field(ge=0.0, le=1.0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """The images: a folder with one folder per class, or `solids`, which are drawn from a seed."""
+
+    source: str = "solids"
+    image_size: PositiveInt = 64
+    count: PositiveInt = 6_000  # of solids; a folder has as many as it has
+    seed: NonNegativeInt = 0  # of solids
+
+
+class Vae(Section):
+    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id."""
+
+    source: str = "bundled"
+
+
+class Cache(Section):
+    """Where and how latents are kept."""
+
+    path: Path = Path("caches/solids")
+    format: Literal["zarr"] = "zarr"
+    store: Literal["moments", "mean"] = "moments"
+    dtype: Literal["float16", "float32"] = "float16"
+    flip: bool = True  # also keep the latents of the mirrored image: a latent itself cannot be mirrored
+    batch_size: PositiveInt = 64
+    workers: NonNegativeInt = 2  # processes that read images ahead of the VAE
+
+
+class Model(Section):
+    """The U-Net; its levels halve the resolution, the bottleneck works on the lowest."""
+
+    channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
+    blocks: PositiveInt = 2  # residual blocks a level on the way down
+    bottleneck: Literal["transformer", "resnet"] = "transformer"
+    depth: PositiveInt = 4  # blocks in the bottleneck
+    head_width: PositiveInt = 64  # channels an attention head
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class Noise(Section):
+    """What is learnt: the noise schedule, the target of the prediction, and how timesteps are drawn."""
+
+    schedule: Literal["linear", "cosine", "flow"] = "flow"
+    prediction: Literal["epsilon", "v", "flow"] = "flow"
+    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Noise:
+        if (self.schedule == "flow") != (self.prediction == "flow"):
+            raise ValueError(
+                f"schedule {self.schedule} does not go with prediction {self.prediction}: flow goes with flow alone,"
+                " linear and cosine with epsilon or v"
+            )
+        return self
+
+
+class Train(Section):
+    """Training on one clock: images seen. All lengths below are in images."""
+
+    images: PositiveInt = 40_000
+    batch_size: PositiveInt = 16
+    lr: PositiveFloat = 1e-3
+    warmup: NonNegativeInt = 1_000
+    decay: float = Field(0.4, ge=0.0, le=1.0)  # share of the run, at its end, in which the rate falls to 0
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: PositiveFloat = 1.0
+    label_dropout: float = Field(0.1, ge=0.0, le=1.0)  # share of labels replaced by the null class
+    ema_halflife: PositiveInt = 2_000
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 800
+    preview_every: PositiveInt = 10_000
+    checkpoint_every: PositiveInt = 10_000
+    keep: PositiveInt = 2  # newest checkpoints that stay
+    tracker: Literal["none", "wandb"] = "none"
+
+
+class Sample(Section):
+    """What is drawn from a trained model."""
+
+    scheduler: Literal["ddpm", "ddim", "euler"] = "euler"
+    steps: PositiveInt = 25
+    guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
+    per_class: PositiveInt = 10
+    classes: tuple[str, ...] = ()  # names or numbers; none means all
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 50
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str = "solids"
+    data: Data = Data()
+    vae: Vae = Vae()
+    cache: Cache = Cache()
+    model: Model = Model()
+    noise: Noise = Noise()
+    train: Train = Train()
+    sample: Sample = Sample()
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Config:
+        flow = self.noise.schedule == "flow"
+        if flow != (self.sample.scheduler == "euler"):
+            choice = "euler" if flow else "ddpm or ddim"
+            raise ValueError(
+                f"sample.scheduler {self.sample.scheduler} cannot draw from noise.schedule {self.noise.schedule}: use {choice}"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises: `1e-4` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"line {node.start_mark.line + 1}: {key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read `file`, apply `key=value` overrides (values are YAML), check everything.
+
+    ValueError names the file, the field and the value of the first thing that is wrong.
+    """
+    if not file.is_file():
+        raise ValueError(f"--config: no such file: {file}")
+    try:
+        values = _parse(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a config is a mapping of sections, this is a {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    values.setdefault("name", file.stem)
+    return check_config(values, file)
+
+
+def check_config(values: dict[str, Any], file: Path) -> Config:
+    """Validate parsed values; errors name `file`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {_explain(error.errors()[0])}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override}: give key=value, such as train.lr=1e-3")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {section} is not a section")
+    values[last] = _parse(text)
+
+
+def _explain(error: Any) -> str:
+    *parents, last = [str(part) for part in error["loc"]] or [""]
+    field = ".".join([*parents, last])
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.5)
+        return f"unknown key {field}" + (f": did you mean {'.'.join([*parents, close[0]])}?" if close else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field} = {error['input']!r}: {message}" if error["type"] != "value_error" else f"{field}: {message}".lstrip(": ")
+
+
+def _fields(parents: list[str]) -> list[str]:
+    section: Any = Config
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    return list(section.model_fields)
