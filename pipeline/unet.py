@@ -1,0 +1,254 @@
+"""The denoiser: a U-Net whose bottleneck is a stack of transformer blocks. Imports torch and diffusers alone, so that
+the file can travel with exported weights.
+
+Shapes: `B C H W` feature maps, `T = H W` tokens of width `D`, `E` width of the conditioning vector.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_Module = TypeVar("_Module", bound=nn.Module)
+GROUP_WIDTH = 16  # channels a normalisation group, where the channel count allows
+
+
+@dataclass
+class UNetOutput(BaseOutput):
+    """`sample`: the prediction, `B C H W`, as diffusers' own U-Nets return it."""
+
+    sample: Tensor
+
+
+def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal features of `timesteps` (`B`, in 0..1000): float32 `B width` (Vaswani et al. 2017, section 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, max(channels // GROUP_WIDTH, 1)), channels)
+
+
+def _zero(module: _Module) -> _Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, around a shortcut; the second norm is scaled and shifted by the condition
+    (Dhariwal and Nichol 2021, section 3). The last convolution starts at zero."""
+
+    def __init__(self, channels_in: int, channels: int, condition: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.modulation = _zero(nn.Linear(condition, 2 * channels))
+        self.norm2 = _norm(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`B C_in H W`, `B E` -> `B C H W`."""
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.shortcut(x) + self.conv2(self.dropout(h))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a two-layer MLP, each behind AdaLN-Zero: the condition gives scale and shift of a LayerNorm
+    and a gate on the result, all zero at the start (Peebles and Xie 2023, section 3.2)."""
+
+    def __init__(self, width: int, condition: int, head_width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = width // head_width
+        self.modulation = _zero(nn.Linear(condition, 6 * width))
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`B T D`, `B E` -> `B T D`."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
+        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBottleneck(nn.Module):
+    """A feature map as tokens with learnable positions, `depth` transformer blocks, and back."""
+
+    def __init__(self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, size * size, width) * 0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(width, condition, head_width, dropout) for _ in range(depth))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`B D H W`, `B E` -> `B D H W`."""
+        tokens = x.flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            tokens = _run(block, tokens, condition, self.gradient_checkpointing)
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous(memory_format=torch.channels_last)
+
+
+class ResidualBottleneck(nn.Module):
+    """The traditional bottleneck, for comparison: `depth` residual blocks."""
+
+    def __init__(self, width: int, condition: int, depth: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(width, width, condition, dropout) for _ in range(depth))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """`B D H W`, `B E` -> `B D H W`."""
+        for block in self.blocks:
+            x = _run(block, x, condition, self.gradient_checkpointing)
+        return x
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution; `gradient_checkpointing` trades their memory for a second forward pass."""
+
+    def __init__(self, widths_in: list[int], channels: int, condition: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(width, channels, condition, dropout) for width in widths_in)
+        self.gradient_checkpointing = False
+
+    def down(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+        """The output of every block in turn."""
+        outputs = []
+        for block in self.blocks:
+            x = _run(block, x, condition, self.gradient_checkpointing)
+            outputs.append(x)
+        return outputs
+
+    def up(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
+        """Every block reads the last of `skips` beside its input and takes it off the list."""
+        for block in self.blocks:
+            x = _run(block, torch.cat([x, skips.pop()], dim=1), condition, self.gradient_checkpointing)
+        return x
+
+
+class LatentUNet(ModelMixin, ConfigMixin):
+    """Predicts noise, velocity or flow for noisy latents, given a timestep and a class.
+
+    `num_classes` counts the real classes; the null class of classifier-free guidance is the index `num_classes`.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        sample_size: int,
+        num_classes: int,
+        channels: tuple[int, ...] = (64, 128, 256),
+        blocks: int = 2,
+        bottleneck: str = "transformer",
+        depth: int = 4,
+        head_width: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(sample_size, channels, bottleneck, head_width)
+        condition = 4 * channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], condition), nn.SiLU(), nn.Linear(condition, condition))
+        self.classes = nn.Embedding(num_classes + 1, condition)
+        nn.init.normal_(self.classes.weight, std=0.02)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        skips = [channels[0]]
+        width = channels[0]
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for i, level in enumerate(channels):
+            self.down.append(Level([width] + [level] * (blocks - 1), level, condition, dropout))
+            skips += [level] * blocks
+            width = level
+            if i < len(channels) - 1:
+                self.downsample.append(nn.Conv2d(level, level, 3, stride=2, padding=1))
+                skips.append(level)
+        size = sample_size >> (len(channels) - 1)
+        self.middle = (
+            TransformerBottleneck(width, size, condition, depth, head_width, dropout)
+            if bottleneck == "transformer"
+            else ResidualBottleneck(width, condition, depth, dropout)
+        )
+        self.up = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        for i, level in reversed(list(enumerate(channels))):
+            widths_in = [(width if block == 0 else level) + skips.pop() for block in range(blocks + 1)]
+            self.up.append(Level(widths_in, level, condition, dropout))
+            width = level
+            if i:
+                self.upsample.append(nn.Conv2d(level, level, 3, padding=1))
+        self.norm_out = _norm(width)
+        self.conv_out = _zero(nn.Conv2d(width, in_channels, 3, padding=1))
+
+    @property
+    def null_class(self) -> int:
+        return int(self.config["num_classes"])
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor, return_dict: bool = True
+    ) -> UNetOutput | tuple[Tensor]:
+        """Noisy latents `B C H W`, timesteps in 0..1000 (`B` or a number), classes int64 `B` -> a prediction of the
+        shape of `sample`."""
+        times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        embedding = timestep_embedding(times, self.config["channels"][0]).to(sample.dtype)
+        condition = F.silu(self.time(embedding) + self.classes(class_labels))
+        x = self.conv_in(sample)
+        skips = [x]
+        for i, level in enumerate(self.down):
+            skips += level.down(skips[-1], condition)
+            if i < len(self.downsample):
+                skips.append(self.downsample[i](skips[-1]))
+        x = self.middle(skips[-1], condition)
+        for i, level in enumerate(self.up):
+            x = level.up(x, condition, skips)
+            if i < len(self.upsample):
+                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return UNetOutput(sample=x) if return_dict else (x,)
+
+
+def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, condition, use_reentrant=False)
+    return block(x, condition)
+
+
+def _check(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
+    if bottleneck not in ("transformer", "resnet"):
+        raise ValueError(f"model.bottleneck: {bottleneck!r}: use transformer or resnet")
+    factor = 2 ** (len(channels) - 1)
+    if sample_size % factor:
+        raise ValueError(
+            f"model.channels: {len(channels)} levels halve {sample_size}x{sample_size} latents {len(channels) - 1} times:"
+            f" {sample_size} is no multiple of {factor}; use fewer levels or another data.image_size"
+        )
+    if bottleneck == "transformer" and channels[-1] % head_width:
+        raise ValueError(f"model.head_width: {head_width} does not divide the {channels[-1]} channels of the lowest level")
