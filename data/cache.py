@@ -102,7 +102,12 @@ class CacheWriter:
         publish(self.path / _INDEX, "".join(line + "\n" for line in lines).encode())
         mean, std = _merge(shards)
         manifest = Manifest(
-            **dict(self.plan), committed=self.plan.rows - failed, failed=failed, mean=mean, std=std, shards=tuple(shards)
+            **dict(self.plan),
+            committed=self.plan.rows - failed,
+            failed=failed,
+            mean=mean,
+            std=std,
+            shards=tuple(shards),
         )
         manifest.save(self.path)
         remove(self.path / _RECORDS)

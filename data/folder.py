@@ -14,6 +14,7 @@ from data.source import Batch, digest
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
+PREPROCESSING = "v1: EXIF rotation, RGB over white, shorter side resized (bicubic), centre crop"
 _MATTE = 255  # alpha is composited over white, as a browser shows it
 
 
@@ -44,11 +45,18 @@ class ImageFolder:
         return digest(f"{key}\t{stat.st_size}\t{stat.st_mtime_ns}" for key, stat in stats)
 
     def load(self, indices: Sequence[int]) -> Batch:
-        batch = Batch(np.asarray(indices, np.int64), np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8))
+        batch = Batch(
+            np.asarray(indices, np.int64), np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        )
         for row, index in enumerate(indices):
             try:
                 batch.pixels[row] = read_image(self.root / self.keys[index], self.image_size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+            except (
+                OSError,
+                ValueError,
+                SyntaxError,
+                Image.DecompressionBombError,
+            ) as error:  # what Pillow's decoders raise
                 batch.failures[int(index)] = f"{type(error).__name__}: {error}"
         return batch
 

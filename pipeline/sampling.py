@@ -6,7 +6,6 @@ neither the loop nor the scheduler knows the network.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor
 
 from pipeline.noise import STEPS, NoiseProcess, diffusers_schedule
+from pipeline.objective import coordinate_seed
 from pipeline.unet import LatentUNet
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ def make_scheduler(name: str, noise: NoiseProcess) -> Any:
 
 def image_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
     """A generator for every image, a function of (seed, index) alone; on the CPU, so that every device draws alike."""
-    return [torch.Generator().manual_seed(_coordinate_seed(seed, index)) for index in indices]
+    return [torch.Generator().manual_seed(coordinate_seed("sample", seed, index)) for index in indices]
 
 
 def guided(model: LatentUNet, labels: Tensor, scale: float) -> Denoise:
@@ -64,7 +64,13 @@ def guided(model: LatentUNet, labels: Tensor, scale: float) -> Denoise:
 
 @torch.inference_mode()
 def draw(
-    denoise: Denoise, scheduler: Any, *, steps: int, shape: tuple[int, int, int], generators: list[torch.Generator], device: Any
+    denoise: Denoise,
+    scheduler: Any,
+    *,
+    steps: int,
+    shape: tuple[int, int, int],
+    generators: list[torch.Generator],
+    device: Any,
 ) -> Tensor:
     """Latents `B C h w` in the space of training, one for each of `generators`, in `steps` steps."""
     scheduler.set_timesteps(steps, device=device)
@@ -75,8 +81,3 @@ def draw(
         prediction = denoise(x, timestep)
         x = scheduler.step(prediction, timestep, x, **extra).prev_sample
     return x
-
-
-def _coordinate_seed(*coordinates: int) -> int:
-    """64 bits from coordinates: neighbours share nothing, as they would if the seeds were added."""
-    return int.from_bytes(hashlib.sha256(repr(coordinates).encode()).digest()[:8], "big")

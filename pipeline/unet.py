@@ -251,4 +251,6 @@ def _check(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_wi
             f" {sample_size} is no multiple of {factor}; use fewer levels or another data.image_size"
         )
     if bottleneck == "transformer" and channels[-1] % head_width:
-        raise ValueError(f"model.head_width: {head_width} does not divide the {channels[-1]} channels of the lowest level")
+        raise ValueError(
+            f"model.head_width: {head_width} does not divide the {channels[-1]} channels of the lowest level"
+        )

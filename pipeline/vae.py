@@ -56,7 +56,7 @@ class FrozenVae:
         sha = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
             sha.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-            sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if weight.ndim else b"")
+            sha.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return VaeIdentity(
             source=self.source,
             class_name=type(self.model).__name__,

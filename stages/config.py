@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 Fraction = Field(ge=0.0, le=1.0)
 
@@ -143,7 +152,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -182,7 +193,7 @@ def dump_config(config: Config) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -206,7 +217,11 @@ def _explain(error: Any) -> str:
         close = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.5)
         return f"unknown key {field}" + (f": did you mean {'.'.join([*parents, close[0]])}?" if close else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{field} = {error['input']!r}: {message}" if error["type"] != "value_error" else f"{field}: {message}".lstrip(": ")
+    return (
+        f"{field} = {error['input']!r}: {message}"
+        if error["type"] != "value_error"
+        else f"{field}: {message}".lstrip(": ")
+    )
 
 
 def _fields(parents: list[str]) -> list[str]:

@@ -1,0 +1,106 @@
+"""The command line. Each stage is imported when it runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Class-conditional latent diffusion: images -> latent cache -> model -> samples -> images.
+
+    Every stage takes one config and does nothing where all is done; run again, it continues what is unfinished.
+    """
+
+
+def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Exit status 2 and one line for a user's error, 1 and one line for a failure; the trace with --debug."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ArithmeticError) as error:
+            if debug:
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2 if isinstance(error, ValueError) else 1)
+
+    return click.option("--debug", is_flag=True, help="Show the trace of an error.")(wrapped)
+
+
+def _stage(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all stages share; the stage gets the checked config and the run's folder."""
+
+    @functools.wraps(command)
+    def wrapped(config: Path, overrides: tuple[str, ...], run: Path | None, **kwargs: Any) -> None:
+        from stages.config import load_config
+
+        checked = load_config(config, overrides)
+        command(checked, run or Path("runs") / checked.name, **kwargs)
+
+    wrapped = click.option("--run", type=click.Path(path_type=Path), help="Folder of the run  [default: runs/NAME]")(
+        wrapped
+    )
+    wrapped = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."
+    )(wrapped)
+    config = click.option(
+        "--config", type=click.Path(path_type=Path), default=Path("configs/solids.yaml"), show_default=True
+    )
+    return _errors_in_one_line(config(wrapped))
+
+
+@main.command()
+@_stage
+def encode(config: Any, run: Path) -> None:
+    """Run the VAE's encoder over the images once and write the latent cache."""
+    from stages.encode import encode
+
+    encode(config)
+
+
+@main.command()
+@_stage
+def train(config: Any, run: Path) -> None:
+    """Train the model on the cache, from the newest checkpoint of the run."""
+    from stages.train import train
+
+    train(config, run)
+
+
+@main.command()
+@_stage
+def sample(config: Any, run: Path) -> None:
+    """Draw latents from the newest checkpoint of the run."""
+    from stages.sample import sample
+
+    sample(config, run)
+
+
+@main.command()
+@click.option("--cache", type=click.Path(path_type=Path), help="Decode the first images a class of this cache instead.")
+@_stage
+def decode(config: Any, run: Path, cache: Path | None) -> None:
+    """Decode the samples of the run to images, a contact sheet and a page."""
+    from stages.decode import decode
+
+    decode(config, run, cache)
+
+
+@main.command()
+@click.argument("photos", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), default=Path("pipeline/bundled_vae"), show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
+@_errors_in_one_line
+def vae(photos: Path, to: Path, steps: int) -> None:
+    """Train the bundled VAE on solids and on PHOTOS, a folder of class folders."""
+    from stages.vae import train_vae
+
+    train_vae(photos, to, steps=steps)

@@ -1,0 +1,96 @@
+"""Latents to images: PNG files, a contact sheet and a page, from samples or from any latent cache."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from data.cache import LatentCache
+from data.storage import publish
+from pipeline.vae import FrozenVae, to_images
+from stages.config import Config
+from stages.device import pick_device
+from stages.pictures import contact_sheet, save_png
+from stages.sample import require_checkpoint, sample_folder
+
+SHEET_PER_CLASS = 10
+
+
+def decode(config: Config, run: Path, cache: Path | None) -> Path:
+    """Decode the samples of `run` that `config` describes, or, given `cache`, the first images a class of that cache.
+
+    The folder with images/, grid.png and index.html.
+    """
+    folder = cache or sample_folder(config, run, require_checkpoint(run))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no latents there: run {'encode' if cache else 'sample'} first")
+    latents = LatentCache(folder)
+    manifest = latents.manifest
+    vae = FrozenVae(config.vae.source, pick_device())
+    vae.check(manifest.vae, folder)
+    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if cache else np.arange(len(latents))
+    out = folder / "decoded" if cache else folder
+    names = [f"{latents.rows[i]:06d}-{_file_name(manifest.classes[latents.labels[i]])}.png" for i in chosen]
+    if (out / "index.html").exists() and all((out / "images" / name).exists() for name in names):
+        print(f"decode: all done: {out}/grid.png")
+        return out
+    images = _decode_all(latents, chosen, vae, config.sample.batch_size)
+    for name, image in zip(names, images, strict=True):
+        save_png(Image.fromarray(image), out / "images" / name)
+    labels = latents.labels[chosen].tolist()
+    shown = _first_of_each_class(latents.labels[chosen], SHEET_PER_CLASS)
+    save_png(contact_sheet(images[shown], [labels[i] for i in shown], manifest.classes), out / "grid.png")
+    publish(out / "index.html", _page(out, manifest.data_source, labels, names, manifest.classes).encode())
+    print(
+        f"decode: {len(images):,} images in {out}/images, all on one sheet: {out}/grid.png, as a page: {out}/index.html"
+    )
+    return out
+
+
+def _decode_all(latents: LatentCache, chosen: NDArray[np.int64], vae: FrozenVae, batch_size: int) -> NDArray[np.uint8]:
+    """uint8 `N H W 3` of the images `chosen`, decoded from the posterior's mean of the first view."""
+    channels = latents.manifest.latent_channels
+    images = []
+    for start in tqdm(range(0, len(chosen), batch_size), desc="decode", unit=" batches", mininterval=1):
+        moments = torch.from_numpy(latents.read(chosen[start : start + batch_size]))
+        images.append(to_images(vae.decode(moments[:, 0, :channels].float())).cpu().numpy())
+    return np.concatenate(images)
+
+
+def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Indices of the first `count` images of every class, in rising order."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == kind)[:count] for kind in np.unique(labels)]))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _page(folder: Path, title: str, labels: list[int], names: list[str], classes: tuple[str, ...]) -> str:
+    """A page with every image under its class, for a browser on this machine: it links to images/."""
+    sections = []
+    for kind in sorted(set(labels)):
+        pictures = "".join(
+            f'<img src="images/{html.escape(name)}" title="{html.escape(name)}" alt="{html.escape(classes[kind])}" loading="lazy">'
+            for name, label in zip(names, labels, strict=True)
+            if label == kind
+        )
+        sections.append(f"<h2>{html.escape(classes[kind])}</h2>\n<div>{pictures}</div>")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }}
+h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1rem; margin: 1.2rem 0 .3rem }} p {{ color: #666; margin-top: .2rem }}
+div {{ display: flex; flex-wrap: wrap; gap: 4px }} img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
+</style></head><body>
+<h1>{html.escape(title)}</h1><p>{len(names)} images, {html.escape(folder.name)}</p>
+{chr(10).join(sections)}
+</body></html>
+"""

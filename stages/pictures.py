@@ -1,0 +1,43 @@
+"""Pictures that people look at: contact sheets with the names of the classes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from data.storage import publish
+
+_GAP = 2
+_MIN_TILE = 64  # smaller images are shown enlarged by a whole factor
+
+
+def contact_sheet(images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str]) -> Image.Image:
+    """One row a class, its name on the left; `images` are `N H W 3`, `labels` index `names`."""
+    scale = max(1, -(-_MIN_TILE // images.shape[1]))
+    tile = images.shape[1] * scale
+    shown = sorted(set(labels))
+    rows = [[i for i, label in enumerate(labels) if label == kind] for kind in shown]
+    font = ImageFont.load_default(size=13)
+    margin = 12 + max(int(font.getlength(names[kind])) for kind in shown)
+    width = margin + max(map(len, rows)) * (tile + _GAP)
+    sheet = Image.new("RGB", (width, len(rows) * (tile + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (kind, row) in enumerate(zip(shown, rows, strict=True)):
+        top = _GAP + y * (tile + _GAP)
+        pen.text((margin - 6, top + tile // 2), names[kind], fill="black", font=font, anchor="rm")
+        for x, index in enumerate(row):
+            image = Image.fromarray(images[index]).resize((tile, tile), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + x * (tile + _GAP), top))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Publish `image` as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    publish(path, buffer.getvalue())

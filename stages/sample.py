@@ -1,0 +1,154 @@
+"""Draw latents from a trained model, into the same cache format that encode writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.cache import SHARD_ROWS, CacheWriter
+from data.manifest import Plan, VaeIdentity
+from data.source import digest
+from data.storage import publish_json
+from pipeline.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.noise import NoiseProcess
+from pipeline.objective import Normalization
+from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from stages.config import Config, Sample
+from stages.device import pick_device
+
+SAMPLES = "samples.json"
+
+
+def sample(config: Config, run: Path) -> Path:
+    """Draw `sample.per_class` images of every class asked for; the folder with their latents."""
+    checkpoint = require_checkpoint(run)
+    chosen = choose_classes(config.sample.classes, checkpoint.state["classes"])
+    labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
+    folder = sample_folder(config, run, checkpoint)
+    names = checkpoint.state["classes"]
+    keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
+    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), keys, labels)
+    if writer.done:
+        print(f"sample: all done: {folder}")
+        return folder
+    _draw_missing(config, checkpoint, writer, labels)
+    publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
+    writer.finish()
+    return folder
+
+
+def require_checkpoint(run: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run; ValueError when there is none."""
+    checkpoint, passed_over = newest_checkpoint(run)
+    for line in passed_over:
+        print(f"passed over {line}")
+    if not checkpoint:
+        raise ValueError(f"--run: no checkpoint in {run}/checkpoints: run train first")
+    return checkpoint
+
+
+def choose_classes(wanted: tuple[str, ...], names: list[str]) -> list[int]:
+    """Numbers of the classes `wanted`, given as names or numbers; all of them for none. ValueError for an unknown one."""
+    if not wanted:
+        return list(range(len(names)))
+    numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
+    for name in wanted:
+        if name not in numbers:
+            raise ValueError(
+                f"sample.classes: no class {name!r}: choose from {', '.join(names)} or 0 to {len(names) - 1}"
+            )
+    return [numbers[name] for name in wanted]
+
+
+def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
+    """A folder whose name says how its samples were drawn; the classes are in it where not all were asked for."""
+    s = config.sample
+    tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
+    if s.classes:
+        tag += "-" + digest(s.classes)[:8]
+    return run / "samples" / tag
+
+
+def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, labels: np.ndarray[Any, Any]) -> None:
+    device = pick_device()
+    model = checkpoint.ema_model().to(device)
+    pending = writer.pending()
+    rows = sum(len(writer.rows_of(shard)) for shard in pending)
+    started = time.monotonic()
+    with tqdm(total=rows, unit=" images", desc="sample", mininterval=1) as bar:
+        for shard in pending:
+            parts = []
+            for batch in _batches(writer.rows_of(shard), config.sample.batch_size):
+                parts.append(_draw_batch(config.sample, checkpoint, model, device, batch, labels))
+                bar.update(len(batch))
+            writer.write(shard, torch.cat(parts)[:, None].cpu().numpy(), {})
+    print(f"sample: {rows:,} images in {writer.path}, {rows / (time.monotonic() - started):.1f} images/s")
+
+
+def _draw_batch(
+    settings: Sample,
+    checkpoint: Checkpoint,
+    model: Any,
+    device: torch.device,
+    batch: range,
+    labels: np.ndarray[Any, Any],
+) -> torch.Tensor:
+    """Latents `B C h w` of the samples with the indices `batch`, as the VAE's decoder takes them."""
+    size = model.config["sample_size"]
+    latents = draw(
+        guided(model, torch.from_numpy(labels[batch.start : batch.stop]).to(device), settings.guidance),
+        make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"])),
+        steps=settings.steps,
+        shape=(model.config["in_channels"], size, size),
+        generators=image_generators(settings.seed, list(batch)),
+        device=device,
+    )
+    return Normalization(**checkpoint.state["normalization"]).denormalize(latents)
+
+
+def _batches(rows: range, size: int) -> Iterator[range]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
+    stored = json.loads((checkpoint.path / "ema" / "config.json").read_text(encoding="utf-8"))
+    weights = checkpoint.state["sha256"]["ema/diffusion_pytorch_model.safetensors"]
+    return Plan(
+        store="mean",
+        dtype=config.cache.dtype,
+        views=("identity",),
+        shape=(stored["in_channels"], stored["sample_size"], stored["sample_size"]),
+        rows=count,
+        shard_rows=SHARD_ROWS,
+        batch_size=config.sample.batch_size,
+        classes=tuple(checkpoint.state["classes"]),
+        data_source=f"samples of {run}",
+        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
+        image_size=checkpoint.state["image_size"],
+        preprocessing="none: drawn from a model",
+        vae=VaeIdentity(**checkpoint.state["vae"]),
+    )
+
+
+def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """All that is needed to draw the same samples again."""
+    names = checkpoint.state["classes"]
+    return {
+        "checkpoint": str(checkpoint.path),
+        "ema_sha256": checkpoint.state["sha256"]["ema/diffusion_pytorch_model.safetensors"],
+        "images_seen": checkpoint.images_seen,
+        "vae": checkpoint.state["vae"],
+        "noise": checkpoint.state["noise"],
+        "sample": config.sample.model_dump(mode="json"),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "images": [{"index": i, "label": int(label), "class": names[label]} for i, label in enumerate(labels)],
+    }

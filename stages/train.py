@@ -1,0 +1,291 @@
+"""Stage two: train the denoiser on cached latents."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from data.cache import LatentCache
+from data.loader import LatentLoader
+from data.manifest import Manifest
+from data.storage import append_line, publish
+from pipeline.checkpoint import Checkpoint, load_training_state, newest_checkpoint, save_checkpoint
+from pipeline.ema import Ema
+from pipeline.noise import NoiseProcess
+from pipeline.objective import Draws, Normalization, coordinate_seed, diffusion_loss, draw_latents, lr_at
+from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.unet import LatentUNet
+from pipeline.vae import FrozenVae, to_images
+from stages.config import Config, dump_config
+from stages.pictures import contact_sheet, save_png
+from stages.tracker import Tracker
+
+PREVIEWS_PER_CLASS = 4
+PREVIEW_CLASSES = 10
+
+
+def train(config: Config, run: Path) -> None:
+    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one."""
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but the processes are not connected: without a GPU, set"
+            " ACCELERATE_USE_CPU=true"
+        )
+    trainer = Trainer(config, run, accelerator)
+    if trainer.images_seen >= config.train.images:
+        accelerator.print(f"train: all done: {trainer.images_seen:,} images seen in {run}")
+        return
+    trainer.run_to_the_end()
+
+
+class Trainer:
+    """The state of a run and its loop. One clock, images seen, drives all that happens."""
+
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator) -> None:
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.device = accelerator.device
+        cache = LatentCache(config.cache.path)
+        cache.verify()
+        self.manifest = cache.manifest
+        self.vae = FrozenVae(config.vae.source, self.device)
+        self.vae.check(self.manifest.vae, config.cache.path)
+        self.noise = NoiseProcess(**config.noise.model_dump())
+        self.normalization = Normalization(self.manifest.mean, self.manifest.std)
+        self.loader = LatentLoader(
+            cache,
+            seed=config.train.seed,
+            batch_size=config.train.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=self.device,
+        )
+        checkpoint = self._newest_checkpoint()
+        self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
+        self.ema = Ema(self.model, config.train.ema_halflife)
+        optimizer = torch.optim.AdamW(
+            _decay_groups(self.model, config), lr=config.train.lr, betas=config.train.betas, fused=True
+        )
+        self.step = 0
+        if checkpoint:
+            load_training_state(checkpoint, self.model, self.ema, optimizer, self.device)
+            self.step = checkpoint.state["step"]
+        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.train.batch_size
+
+    def run_to_the_end(self) -> None:
+        """The training loop."""
+        settings, main = self.config.train, self.accelerator.is_main_process
+        if main:
+            self._start_run_folder()
+        tracker = Tracker(settings.tracker, self.run, self.config, active=main)
+        window = _Window(self.device)
+        self.prepared.train()
+        bar = tqdm(
+            total=settings.images,
+            initial=self.images_seen,
+            unit=" images",
+            desc="train",
+            mininterval=2,
+            disable=not main,
+        )
+        while self.images_seen < settings.images:
+            before = self.images_seen
+            window.add(*self._update())
+            bar.update(settings.batch_size)
+            saving = self._passed(before, settings.checkpoint_every) or self.images_seen >= settings.images
+            if self.device.type == "cpu" or saving or self._passed(before, settings.log_every):
+                window.check_finite(self.step)
+            if main and (saving or self._passed(before, settings.log_every)):
+                values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
+                append_line(self.run / "log.jsonl", json.dumps(values))
+                tracker.log(values)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+            if main and saving:
+                self._save()
+            if main and (self._passed(before, settings.preview_every) or self.images_seen >= settings.images):
+                self._preview()
+                window.restart_clock()
+        bar.close()
+        tracker.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step; the loss and the norm of the gradient, both on the device."""
+        settings = self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(
+                self.images_seen, peak=settings.lr, images=settings.images, warmup=settings.warmup, decay=settings.decay
+            )
+        if self.config.model.dropout:  # the only draw that cannot be handed a generator
+            torch.manual_seed(coordinate_seed("dropout", settings.seed, self.step, self.accelerator.process_index))
+        batch = self.loader.batch(self.step)
+        shape = (settings.batch_size, self.manifest.latent_channels, *self.manifest.shape[1:])
+        draws = Draws.at(
+            self.noise,
+            seed=settings.seed,
+            step=self.step,
+            shape=shape,
+            views=len(self.manifest.views),
+            label_dropout=settings.label_dropout,
+            device=self.device,
+        ).part(self.loader.part)
+        latents = self.normalization.normalize(draw_latents(batch.moments, draws, self.manifest.latent_channels))
+        loss = diffusion_loss(self.prepared, self.noise, latents, batch.labels, draws, self.model.null_class)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.ema.update(self.model, images_seen=self.images_seen, batch_size=settings.batch_size)
+        return loss.detach(), norm
+
+    def _passed(self, before: int, every: int) -> bool:
+        return before // every != self.images_seen // every
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        checkpoint, passed_over = newest_checkpoint(self.run)
+        for line in passed_over:
+            self.accelerator.print(f"train: passed over {line}")
+        if checkpoint:
+            check_resumable(checkpoint, self.config, self.manifest)
+            self.accelerator.print(f"train: continuing {self.run} at {checkpoint.images_seen:,} images")
+        return checkpoint
+
+    def _start_run_folder(self) -> None:
+        """Write the resolved config, and drop log lines that a crash left after the checkpoint."""
+        publish(self.run / "config.yaml", dump_config(self.config).encode())
+        log = self.run / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        publish(log, "".join(line + "\n" for line in kept).encode())
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "classes": self.manifest.classes,
+            "noise": asdict(self.noise),
+            "normalization": asdict(self.normalization),
+            "image_size": self.manifest.image_size,
+            "vae": self.manifest.vae.model_dump(mode="json"),
+            "data_fingerprint": self.manifest.data_fingerprint,
+        }
+        save_checkpoint(
+            self.run, model=self.model, ema=self.ema, optimizer=self.optimizer, state=state, keep=self.config.train.keep
+        )
+
+    @torch.inference_mode()
+    def _preview(self) -> None:
+        """A contact sheet of samples from the averaged weights, at fixed seeds."""
+        model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()
+        model.load_state_dict(self.ema.state_dict())
+        names = self.manifest.classes[:PREVIEW_CLASSES]
+        labels = torch.arange(len(names), device=self.device).repeat(PREVIEWS_PER_CLASS)
+        settings = self.config.sample
+        latents = draw(
+            guided(model, labels, settings.guidance),
+            make_scheduler(settings.scheduler, self.noise),
+            steps=settings.steps,
+            shape=(self.manifest.latent_channels, *self.manifest.shape[1:]),
+            generators=image_generators(settings.seed, list(range(len(labels)))),
+            device=self.device,
+        )
+        images = to_images(self.vae.decode(self.normalization.denormalize(latents))).cpu().numpy()
+        save_png(contact_sheet(images, labels.tolist(), names), self.run / "previews" / f"{self.images_seen:09d}.png")
+
+
+class _Window:
+    """Sums of what the steps since the last log line reported, kept on the device: no step waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, device=device)
+        self.steps = 0
+        self.started = time.monotonic()
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.sums += torch.stack([loss, norm])
+        self.steps += 1
+
+    def check_finite(self, step: int) -> None:
+        """FloatingPointError when a loss or gradient since the last line was NaN or infinite."""
+        if not self.sums.isfinite().all():
+            loss, norm = self.sums.tolist()
+            raise FloatingPointError(
+                f"train: loss {loss} or gradient norm {norm} is not finite within {self.steps} steps before step {step}:"
+                " lower train.lr or train.precision; the last checkpoint is good, the same command goes on from there"
+            )
+
+    def close(self, step: int, batch_size: int, lr: float) -> dict[str, Any]:
+        """The log line of the window, which starts anew."""
+        seconds = time.monotonic() - self.started
+        loss, norm = (self.sums / self.steps).tolist()
+        values = {
+            "step": step,
+            "images_seen": step * batch_size,
+            "loss": loss,
+            "gradient_norm": norm,
+            "lr": lr,
+            "images_per_second": round(self.steps * batch_size / seconds, 1),
+        }
+        self.sums.zero_()
+        self.steps = 0
+        self.restart_clock()
+        return values
+
+    def restart_clock(self) -> None:
+        self.started = time.monotonic()
+
+
+def build_model(config: Config, manifest: Manifest) -> LatentUNet:
+    """The model of `config` for the latents of a cache, with weights that are a function of train.seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(coordinate_seed("model", config.train.seed))
+        model: LatentUNet = LatentUNet(
+            in_channels=manifest.latent_channels,
+            sample_size=manifest.shape[1],
+            num_classes=len(manifest.classes),
+            **config.model.model_dump(),
+        )
+    return model
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
+    """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
+    stored = json.loads((checkpoint.path / "ema" / "config.json").read_text(encoding="utf-8"))
+    ours = {**config.model.model_dump(mode="json"), "num_classes": len(manifest.classes)}
+    pairs = [(f"model.{name}", stored[name], value) for name, value in ours.items()]
+    pairs += [
+        (f"noise.{name}", checkpoint.state["noise"][name], value) for name, value in config.noise.model_dump().items()
+    ]
+    pairs += [
+        ("classes", checkpoint.state["classes"], list(manifest.classes)),
+        ("data fingerprint", checkpoint.state["data_fingerprint"], manifest.data_fingerprint),
+        ("train.batch_size", checkpoint.images_seen / checkpoint.state["step"], config.train.batch_size),
+    ]
+    for name, old, new in pairs:
+        if old != new:
+            raise ValueError(f"{checkpoint.path}: its {name} is {old}, this run has {new}: choose another --run")
+
+
+def _decay_groups(model: LatentUNet, config: Config) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels alone: not for biases, norms, positions or class embeddings."""
+    decayed = [
+        p for name, p in model.named_parameters() if p.ndim >= 2 and "positions" not in name and "classes" not in name
+    ]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
