@@ -144,8 +144,8 @@ class LatentCache:
         self._shards = [self._map(shard) for shard in self.manifest.shards]
         failed = np.array([failure.row for failure in self.manifest.failures], np.int64)
         self.rows = np.setdiff1d(np.arange(self.manifest.rows), failed)
-        group = zarr.open_group(path / _GROUP, mode="r", zarr_format=3)
-        self.labels: NDArray[np.int64] = np.asarray(group["label"][:])[self.rows]
+        labels = zarr.open_array(path / _GROUP / "label", mode="r", zarr_format=3)
+        self.labels: NDArray[np.int64] = np.asarray(labels[:])[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,11 +185,12 @@ class LatentCache:
         return np.memmap(file, dtype=chunk, mode="r", shape=(-(-shard.rows // CHUNK_ROWS),))
 
 
-def _create(plan: Plan) -> tuple[MemoryStore, zarr.Group]:
+def _create(plan: Plan) -> tuple[MemoryStore, zarr.Array, zarr.Array]:
+    """An empty cache in memory: its store, `moments` and `label`."""
     store = MemoryStore()
     group = zarr.create_group(store, zarr_format=3)
     row = (len(plan.views), *plan.shape)
-    group.create_array(
+    moments = group.create_array(
         "moments",
         shape=(plan.rows, *row),
         dtype=plan.dtype,
@@ -201,22 +202,24 @@ def _create(plan: Plan) -> tuple[MemoryStore, zarr.Group]:
         dimension_names=("row", "view", "channel", "y", "x"),
         config={"write_empty_chunks": True},  # a chunk of failures is NaN throughout, and still has its place
     )
-    group.create_array("label", shape=(plan.rows,), dtype="int64", chunks=(plan.rows,), fill_value=-1, compressors=None)
-    return store, group
+    label = group.create_array(
+        "label", shape=(plan.rows,), dtype="int64", chunks=(plan.rows,), fill_value=-1, compressors=None
+    )
+    return store, moments, label
 
 
 def _encode_shard(plan: Plan, rows: range, values: NDArray[np.floating]) -> tuple[str, bytes]:
     """File name and bytes of one shard, made by zarr in memory so that this project's storage publishes them."""
-    store, group = _create(plan)
-    group["moments"][rows.start : rows.stop] = values
+    store, moments, _ = _create(plan)
+    moments[rows.start : rows.stop] = values
     key = f"moments/c/{rows.start // plan.shard_rows}/0/0/0/0"
     return f"{_GROUP}/{key}", _bytes_of(store, key)
 
 
 def _metadata(plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
     """Every file of the group but the shards of `moments`."""
-    store, group = _create(plan)
-    group["label"][:] = labels
+    store, _, label = _create(plan)
+    label[:] = labels
     return {key: _bytes_of(store, key) for key in ("label/c/0", "label/zarr.json", "moments/zarr.json", "zarr.json")}
 
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.storage import publish_json
 
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
@@ -32,7 +31,7 @@ class VaeIdentity(_Record):
 class Plan(_Record):
     """All that is known before the first latent is written. Two encodes with one plan write the same bytes."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     format: Literal["zarr"] = "zarr"
     store: Literal["moments", "mean"]  # mean and std of the posterior, or the mean alone
     dtype: Literal["float16", "float32"]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Average with a half-life in images; early in a run it covers a tenth of the images seen, so that the random start
-    is forgotten (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", section 3)."""
+    """Average with a half-life in images; early in a run it is a tenth of the images seen, so that the random start is
+    forgotten (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", section 3)."""
 
     def __init__(self, model: nn.Module, halflife: int) -> None:
         self.halflife = halflife

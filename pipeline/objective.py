@@ -95,7 +95,7 @@ def diffusion_loss(
 
 
 def lr_at(images_seen: int, *, peak: float, images: int, warmup: int, decay: float) -> float:
-    """A trapezoid: linear from 0 over `warmup` images, `peak`, and linear to 0 over the last share `decay` of the run."""
+    """A trapezoid: up from 0 over `warmup` images, `peak`, and down to 0 over the last share `decay` of the run."""
     rise = (images_seen + 1) / warmup if warmup else 1.0
     fall = (images - images_seen) / (decay * images) if decay else 1.0
     return peak * max(0.0, min(1.0, rise, fall))

@@ -21,7 +21,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_scheduler(name: str, noise: NoiseProcess) -> Any:
-    """diffusers' scheduler `name` (ddpm, ddim or euler) for a model trained on `noise`; ValueError if they differ in kind.
+    """diffusers' scheduler `name` (ddpm, ddim or euler) for a model trained on `noise`; ValueError if they do not fit.
 
     `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. Timesteps end at the noisiest one
     (`trailing`, Lin et al. 2024, section 3.3).

@@ -128,27 +128,47 @@ class ResidualBottleneck(nn.Module):
         return x
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution; `gradient_checkpointing` trades their memory for a second forward pass."""
+class DownLevel(nn.Module):
+    """Residual blocks at one resolution, each with a skip connection, then a strided convolution to half of it.
 
-    def __init__(self, widths_in: list[int], channels: int, condition: int, dropout: float) -> None:
+    `gradient_checkpointing` trades the blocks' memory for a second forward pass.
+    """
+
+    def __init__(self, width: int, channels: int, blocks: int, condition: int, dropout: float, *, last: bool) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(width, channels, condition, dropout) for width in widths_in)
+        widths = [width] + [channels] * (blocks - 1)
+        self.blocks = nn.ModuleList(ResidualBlock(w, channels, condition, dropout) for w in widths)
+        self.downsample = None if last else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.gradient_checkpointing = False
 
-    def down(self, x: Tensor, condition: Tensor) -> list[Tensor]:
-        """The output of every block in turn."""
-        outputs = []
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
+        """`B C_in H W`, `B E` -> `B C H/2 W/2`; every feature map made on the way is added to `skips`."""
         for block in self.blocks:
             x = _run(block, x, condition, self.gradient_checkpointing)
-            outputs.append(x)
-        return outputs
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+            skips.append(x)
+        return x
 
-    def up(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
-        """Every block reads the last of `skips` beside its input and takes it off the list."""
+
+class UpLevel(nn.Module):
+    """Residual blocks at one resolution, each reading a skip connection, then nearest-neighbour upsampling."""
+
+    def __init__(
+        self, width: int, skips: list[int], channels: int, condition: int, dropout: float, *, last: bool
+    ) -> None:
+        super().__init__()
+        widths = [width + skips[0]] + [channels + skip for skip in skips[1:]]
+        self.blocks = nn.ModuleList(ResidualBlock(w, channels, condition, dropout) for w in widths)
+        self.upsample = None if last else nn.Conv2d(channels, channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
+        """`B C_in H W`, `B E` -> `B C 2H 2W`; a feature map a block is taken off `skips`."""
         for block in self.blocks:
             x = _run(block, torch.cat([x, skips.pop()], dim=1), condition, self.gradient_checkpointing)
-        return x
+        return x if self.upsample is None else self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class LatentUNet(ModelMixin, ConfigMixin):
@@ -180,31 +200,23 @@ class LatentUNet(ModelMixin, ConfigMixin):
         self.classes = nn.Embedding(num_classes + 1, condition)
         nn.init.normal_(self.classes.weight, std=0.02)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        skips = [channels[0]]
-        width = channels[0]
+        last = len(channels) - 1
+        width, skips = channels[0], [channels[0]]
         self.down = nn.ModuleList()
-        self.downsample = nn.ModuleList()
         for i, level in enumerate(channels):
-            self.down.append(Level([width] + [level] * (blocks - 1), level, condition, dropout))
-            skips += [level] * blocks
+            self.down.append(DownLevel(width, level, blocks, condition, dropout, last=i == last))
+            skips += [level] * (blocks if i == last else blocks + 1)
             width = level
-            if i < len(channels) - 1:
-                self.downsample.append(nn.Conv2d(level, level, 3, stride=2, padding=1))
-                skips.append(level)
-        size = sample_size >> (len(channels) - 1)
         self.middle = (
-            TransformerBottleneck(width, size, condition, depth, head_width, dropout)
+            TransformerBottleneck(width, sample_size >> last, condition, depth, head_width, dropout)
             if bottleneck == "transformer"
             else ResidualBottleneck(width, condition, depth, dropout)
         )
         self.up = nn.ModuleList()
-        self.upsample = nn.ModuleList()
         for i, level in reversed(list(enumerate(channels))):
-            widths_in = [(width if block == 0 else level) + skips.pop() for block in range(blocks + 1)]
-            self.up.append(Level(widths_in, level, condition, dropout))
+            taken = [skips.pop() for _ in range(blocks + 1)]
+            self.up.append(UpLevel(width, taken, level, condition, dropout, last=i == 0))
             width = level
-            if i:
-                self.upsample.append(nn.Conv2d(level, level, 3, padding=1))
         self.norm_out = _norm(width)
         self.conv_out = _zero(nn.Conv2d(width, in_channels, 3, padding=1))
 
@@ -222,15 +234,11 @@ class LatentUNet(ModelMixin, ConfigMixin):
         condition = F.silu(self.time(embedding) + self.classes(class_labels))
         x = self.conv_in(sample)
         skips = [x]
-        for i, level in enumerate(self.down):
-            skips += level.down(skips[-1], condition)
-            if i < len(self.downsample):
-                skips.append(self.downsample[i](skips[-1]))
-        x = self.middle(skips[-1], condition)
-        for i, level in enumerate(self.up):
-            x = level.up(x, condition, skips)
-            if i < len(self.upsample):
-                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        for level in self.down:
+            x = level(x, condition, skips)
+        x = self.middle(x, condition)
+        for level in self.up:
+            x = level(x, condition, skips)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNetOutput(sample=x) if return_dict else (x,)
 
@@ -247,8 +255,8 @@ def _check(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_wi
     factor = 2 ** (len(channels) - 1)
     if sample_size % factor:
         raise ValueError(
-            f"model.channels: {len(channels)} levels halve {sample_size}x{sample_size} latents {len(channels) - 1} times:"
-            f" {sample_size} is no multiple of {factor}; use fewer levels or another data.image_size"
+            f"model.channels: {len(channels)} levels halve {sample_size}x{sample_size} latents {len(channels) - 1}"
+            f" times: {sample_size} is no multiple of {factor}; use fewer levels or another data.image_size"
         )
     if bottleneck == "transformer" and channels[-1] % head_width:
         raise ValueError(

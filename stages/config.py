@@ -134,7 +134,8 @@ class Config(Section):
         if flow != (self.sample.scheduler == "euler"):
             choice = "euler" if flow else "ddpm or ddim"
             raise ValueError(
-                f"sample.scheduler {self.sample.scheduler} cannot draw from noise.schedule {self.noise.schedule}: use {choice}"
+                f"sample.scheduler {self.sample.scheduler} cannot draw from noise.schedule {self.noise.schedule}:"
+                f" use {choice}"
             )
         return self
 

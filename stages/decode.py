@@ -21,6 +21,18 @@ from stages.pictures import contact_sheet, save_png
 from stages.sample import require_checkpoint, sample_folder
 
 SHEET_PER_CLASS = 10
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fafafa }}
+h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1rem; margin: 1.2rem 0 .3rem }}
+p {{ color: #666; margin-top: .2rem }} div {{ display: flex; flex-wrap: wrap; gap: 4px }}
+img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
+</style></head><body>
+<h1>{title}</h1><p>{summary}</p>
+{sections}</body></html>
+"""
 
 
 def decode(config: Config, run: Path, cache: Path | None) -> Path:
@@ -77,20 +89,9 @@ def _page(folder: Path, title: str, labels: list[int], names: list[str], classes
     """A page with every image under its class, for a browser on this machine: it links to images/."""
     sections = []
     for kind in sorted(set(labels)):
-        pictures = "".join(
-            f'<img src="images/{html.escape(name)}" title="{html.escape(name)}" alt="{html.escape(classes[kind])}" loading="lazy">'
-            for name, label in zip(names, labels, strict=True)
-            if label == kind
-        )
-        sections.append(f"<h2>{html.escape(classes[kind])}</h2>\n<div>{pictures}</div>")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }}
-h1 {{ font-size: 1.4rem; margin-bottom: 0 }} h2 {{ font-size: 1rem; margin: 1.2rem 0 .3rem }} p {{ color: #666; margin-top: .2rem }}
-div {{ display: flex; flex-wrap: wrap; gap: 4px }} img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
-</style></head><body>
-<h1>{html.escape(title)}</h1><p>{len(names)} images, {html.escape(folder.name)}</p>
-{chr(10).join(sections)}
-</body></html>
-"""
+        mine = [html.escape(name) for name, label in zip(names, labels, strict=True) if label == kind]
+        caption = html.escape(classes[kind])
+        pictures = "".join(f'<img src="images/{name}" title="{name}" alt="{caption}" loading="lazy">' for name in mine)
+        sections.append(f"<h2>{caption}</h2>\n<div>{pictures}</div>\n")
+    summary = f"{len(names)} images, {html.escape(folder.name)}"
+    return _PAGE.format(title=html.escape(title), summary=summary, sections="".join(sections))

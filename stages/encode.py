@@ -47,8 +47,8 @@ def make_plan(config: Config, source: Source, vae: FrozenVae) -> Plan:
     """What the manifest pins, before anything is encoded."""
     if config.data.image_size % vae.downsampling:
         raise ValueError(
-            f"data.image_size = {config.data.image_size}: this VAE turns {vae.downsampling}x{vae.downsampling} pixels into"
-            f" one latent position: choose a multiple of {vae.downsampling}"
+            f"data.image_size = {config.data.image_size}: this VAE turns {vae.downsampling}x{vae.downsampling} pixels"
+            f" into one latent position: choose a multiple of {vae.downsampling}"
         )
     side = config.data.image_size // vae.downsampling
     channels = vae.model.config["latent_channels"]
@@ -83,7 +83,7 @@ class _Batches(Dataset[Batch]):
 
 
 def _encode_shards(
-    writer: CacheWriter, shards: list[int], source: Source, vae: FrozenVae, config: Config, bar: tqdm[None]
+    writer: CacheWriter, shards: list[int], source: Source, vae: FrozenVae, config: Config, bar: tqdm
 ) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str]]]:
     """Shard number, moments `rows V 2C h w` and failures, in turn.
 
@@ -92,16 +92,10 @@ def _encode_shards(
     size = config.cache.batch_size
     batches = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in map(writer.rows_of, shards)]
     dataset = _Batches(source, [batch for group in batches for batch in group])
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=config.cache.workers,
-            prefetch_factor=None if not config.cache.workers else 2,
-        )
-    )
+    loader = iter(DataLoader(dataset, batch_size=None, num_workers=config.cache.workers))
     for shard, group in zip(shards, batches, strict=True):
-        moments, failures = [], {}
+        moments: list[NDArray[np.floating]] = []
+        failures: dict[int, str] = {}
         for _ in group:
             batch: Batch = next(loader)
             moments.append(_encode_batch(vae, batch, writer.plan))
@@ -119,12 +113,10 @@ def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> NDArray[np.floati
 
 
 def _report(manifest: Manifest, path: Path, rate: float) -> None:
-    size = sum(shard.size for shard in manifest.shards)
-    print(
-        f"encode: {manifest.committed:,} images in {len(manifest.classes)} classes, {size / 1e6:.1f} MB in {path}, {rate:.0f} images/s"
-    )
+    size = sum(shard.size for shard in manifest.shards) / 1e6
+    classes = len(manifest.classes)
+    print(f"encode: {manifest.committed:,} images in {classes} classes, {size:.1f} MB in {path}, {rate:.0f} images/s")
     if manifest.failed:
         first = manifest.failures[0]
-        print(
-            f"encode: {manifest.failed:,} images could not be read (listed in {path}/manifest.json), first {first.key}: {first.reason}"
-        )
+        print(f"encode: {manifest.failed:,} images could not be read, listed in {path}/manifest.json; the first:")
+        print(f"encode: {first.key}: {first.reason}")

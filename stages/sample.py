@@ -56,7 +56,7 @@ def require_checkpoint(run: Path) -> Checkpoint:
 
 
 def choose_classes(wanted: tuple[str, ...], names: list[str]) -> list[int]:
-    """Numbers of the classes `wanted`, given as names or numbers; all of them for none. ValueError for an unknown one."""
+    """Numbers of the classes `wanted`, given as names or numbers; none means all. ValueError for an unknown one."""
     if not wanted:
         return list(range(len(names)))
     numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}

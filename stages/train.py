@@ -162,7 +162,8 @@ class Trainer:
             self.accelerator.print(f"train: passed over {line}")
         if checkpoint:
             check_resumable(checkpoint, self.config, self.manifest)
-            self.accelerator.print(f"train: continuing {self.run} at {checkpoint.images_seen:,} images")
+            if checkpoint.images_seen < self.config.train.images:
+                self.accelerator.print(f"train: continuing {self.run} at {checkpoint.images_seen:,} images")
         return checkpoint
 
     def _start_run_folder(self) -> None:
@@ -225,8 +226,9 @@ class _Window:
         if not self.sums.isfinite().all():
             loss, norm = self.sums.tolist()
             raise FloatingPointError(
-                f"train: loss {loss} or gradient norm {norm} is not finite within {self.steps} steps before step {step}:"
-                " lower train.lr or train.precision; the last checkpoint is good, the same command goes on from there"
+                f"train: the loss ({loss}) or its gradient's norm ({norm}) is not finite in the {self.steps} steps up"
+                f" to step {step}: lower train.lr, or use train.precision=bf16 for fp16; the same command goes on from"
+                " the last checkpoint, which is good"
             )
 
     def close(self, step: int, batch_size: int, lr: float) -> dict[str, Any]:

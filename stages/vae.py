@@ -44,7 +44,8 @@ def train_vae(photos: Path, to: Path, *, steps: int, seed: int = 0) -> None:
     for step in range(steps):
         _set_lr(optimizer, step / steps)
         batches = [_draw(solids, SOLIDS_BATCH, draws), _draw(trained, PHOTO_BATCH, draws)]
-        loss = sum(_loss(vae, pixels, beta=BETA * min(1.0, 10 * step / steps)) for pixels in batches)
+        beta = BETA * min(1.0, 10 * step / steps)
+        loss = torch.stack([_loss(vae, pixels, beta=beta) for pixels in batches]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -37,7 +37,8 @@ def length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("size", [32, 47])
 def test_an_image_does_not_depend_on_its_batch(size: int) -> None:
     together = render(range(40), seed=5, size=size)
-    assert together.shape == (40, size, size, 3) and together.dtype == np.uint8
+    assert together.shape == (40, size, size, 3)
+    assert together.dtype == np.uint8
     some = [33, 1, 17, 23, 1]
     np.testing.assert_array_equal(render(some, seed=5, size=size), together[some])
     alone = [render([index], seed=5, size=size)[0] for index in range(40)]
@@ -55,7 +56,8 @@ def test_images_of_other_seeds_and_indices_differ() -> None:
 
 
 def test_classes_are_sorted_and_take_turns() -> None:
-    assert list(CLASSES) == sorted(CLASSES) and len(CLASSES) == 10
+    assert list(CLASSES) == sorted(CLASSES)
+    assert len(CLASSES) == 10
     np.testing.assert_array_equal(label(np.arange(25)), np.arange(25) % 10)
     assert CLASSES[label(19)] == "torus"
 
@@ -127,14 +129,16 @@ def test_neighbouring_faces_of_a_cube_differ_in_light() -> None:
         faces = np.concatenate([np.eye(3), -np.eye(3)])
         seen = faces[faces @ x.view[2] < 0]
         shades = np.sort(np.maximum(seen @ x.light[0], 0))
-        assert len(seen) == 3 and min(b - a for a, b in pairwise(shades)) > 0.05
+        assert len(seen) == 3
+        assert min(b - a for a, b in pairwise(shades)) > 0.05
 
 
 def test_a_data_set_reads_what_render_draws() -> None:
     solids = Solids(count=25, seed=4, image_size=16)
     batch = solids.load([3, 21])
     np.testing.assert_array_equal(batch.pixels, render([3, 21], seed=4, size=16))
-    assert not batch.failures and len(solids.keys) == 25 == len(set(solids.keys))
+    assert not batch.failures
+    assert len(solids.keys) == 25 == len(set(solids.keys))
     assert [key.split("/")[0] for key in solids.keys] == [solids.classes[kind] for kind in solids.labels]
 
 

@@ -1,0 +1,53 @@
+# Four stages: encode, train, sample, decode. Each first does what it depends on, and nothing where all is done.
+CONFIG ?= configs/solids.yaml
+NPROC  ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+SET    ?=
+RUN    ?=
+PYTHON ?= python3
+
+BIN    := .venv/bin
+READY  := .venv/.ready
+ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set $(pair)) $(if $(RUN),--run $(RUN))
+LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(BIN)/torchrun --nproc_per_node $(NPROC) -m stages,$(BIN)/latentmill)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup all encode train sample decode vae test lint bench
+
+help:  ## this help
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "  variables: CONFIG=configs/x.yaml  NPROC=n  SET=\"train.lr=1e-3 sample.steps=20\"  RUN=runs/x"
+
+setup: $(READY)  ## .venv with pinned versions
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentmill needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+all: decode  ## encode, train, sample and decode: images from nothing
+
+encode: $(READY)  ## stage one: images to a latent cache
+	$(BIN)/latentmill encode $(ARGS)
+
+train: encode  ## stage two: a latent cache to a model
+	$(LAUNCH) train $(ARGS)
+
+sample: train  ## draw latents from the model
+	$(BIN)/latentmill sample $(ARGS)
+
+decode: sample  ## latents to PNG files, a contact sheet and a page
+	$(BIN)/latentmill decode $(ARGS)
+
+vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
+	$(BIN)/latentmill vae $(PHOTOS)
+
+test: $(READY)  ## the tests
+	$(BIN)/pytest
+
+lint: $(READY)  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: train  ## do samples of the default run show the class asked for?
+	$(BIN)/python -m benchmarks.solids_accuracy $(ARGS)
