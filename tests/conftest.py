@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from data.cache import CacheWriter, LatentCache
+from data.manifest import Plan, VaeIdentity
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Of a small cache: shards of 32, 32 and 11 rows, so that the last shard and its last chunk are partial."""
+    return Plan(
+        store="moments",
+        dtype="float16",
+        views=("identity",),
+        shape=(4, 2, 3),
+        rows=75,
+        shard_rows=32,
+        batch_size=8,
+        classes=("cat", "dog"),
+        data_source="somewhere",
+        data_fingerprint="f" * 64,
+        image_size=16,
+        preprocessing="none",
+        vae=VaeIdentity(
+            source="bundled",
+            class_name="AutoencoderKL",
+            weights_sha256="a" * 64,
+            scaling_factor=1.0,
+            shift_factor=0.0,
+            downsampling=8,
+        ),
+    )
+
+
+@pytest.fixture
+def moments(plan: Plan) -> NDArray[np.float32]:
+    """Of every row of `plan`; no two values are alike."""
+    shape = (plan.rows, len(plan.views), *plan.shape)
+    return np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
+
+
+@pytest.fixture
+def keys(plan: Plan) -> list[str]:
+    return [f"{plan.classes[row % 2]}/{row}.png" for row in range(plan.rows)]
+
+
+@pytest.fixture
+def labels(plan: Plan) -> NDArray[np.int64]:
+    return np.arange(plan.rows) % 2
+
+
+@pytest.fixture
+def cache(
+    tmp_path: Path, plan: Plan, moments: NDArray[np.float32], keys: list[str], labels: NDArray[np.int64]
+) -> LatentCache:
+    """A finished cache at `tmp_path / "cache"` in which rows 5 and 40 failed."""
+    writer = CacheWriter(tmp_path / "cache", plan, keys, labels)
+    for shard in writer.pending():
+        rows = writer.rows_of(shard)
+        writer.write(shard, moments[rows.start : rows.stop], {row: "unreadable" for row in (5, 40) if row in rows})
+    writer.finish()
+    return LatentCache(tmp_path / "cache")
