@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -8,6 +10,22 @@ from numpy.typing import NDArray
 
 from data.cache import CacheWriter, LatentCache
 from data.manifest import Plan, VaeIdentity
+
+if TYPE_CHECKING:
+    from small_world import World
+
+# Before torch is imported, which this file leaves to the tests that need it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU a run can be repeated bit for bit
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: threads cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A data set, a tiny VAE and the outcome of all four stages."""
+    from small_world import build_world
+
+    return build_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

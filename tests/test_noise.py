@@ -1,0 +1,216 @@
+"""The noise process, the schedulers and guidance. A Gaussian data distribution has an exact denoiser in closed form, so
+that every sampler can be held against the distribution it should return."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from test_unet import CLASSES, scrambled
+from torch import Tensor
+
+from pipeline.noise import STEPS, NoiseProcess
+from pipeline.sampling import Denoise, draw, guided, image_generators, make_scheduler
+
+DISCRETE = [NoiseProcess(schedule, target) for schedule in ("linear", "cosine") for target in ("epsilon", "v")]
+FLOW = NoiseProcess("flow", "flow")
+PROCESSES = [*DISCRETE, FLOW]
+SAMPLERS = [*itertools.product(["ddpm", "ddim"], DISCRETE), ("euler", FLOW)]
+MEAN, STD = 1.5, 0.4  # of the Gaussian data
+
+
+def times_of(noise: NoiseProcess) -> Tensor:
+    return torch.linspace(0, STEPS if noise.schedule == "flow" else STEPS - 1, 12).round()
+
+
+def latents_and_noise(count: int = 12) -> tuple[Tensor, Tensor]:
+    both = torch.randn(2, count, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    return both[0] * 2 + 1, both[1]
+
+
+def exact(noise: NoiseProcess, mean: float, std: float) -> Denoise:
+    """What a perfect model predicts when every latent is drawn from N(mean, std^2)."""
+
+    def denoise(x: Tensor, timestep: Tensor) -> Tensor:
+        alpha, sigma = noise.coefficients(timestep.reshape(1))
+        surprise = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return noise.target(mean + alpha * std**2 * surprise, sigma * surprise, timestep.reshape(1))
+
+    return denoise
+
+
+def sample(noise: NoiseProcess, name: str, denoise: Denoise, steps: int, count: int = 3, size: int = 32) -> Tensor:
+    return draw(
+        denoise,
+        make_scheduler(name, noise),
+        steps=steps,
+        shape=(4, size, size),
+        generators=image_generators(0, list(range(count))),
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_discrete_schedules_go_from_almost_data_to_almost_noise(schedule: str) -> None:
+    alpha, _ = NoiseProcess(schedule, "epsilon").coefficients(torch.tensor([0.0, STEPS - 1.0]))
+    assert 0.999 < alpha[0].item() < 1
+    assert 0 < alpha[1].item() < 0.01
+
+
+def test_flow_goes_from_data_to_noise_exactly() -> None:
+    alpha, sigma = FLOW.coefficients(torch.tensor([0.0, 250.0, STEPS]))
+    assert alpha.flatten().tolist() == [1, 0.75, 0]
+    assert sigma.flatten().tolist() == [0, 0.25, 1]
+
+
+@pytest.mark.parametrize("noise", DISCRETE, ids=str)
+def test_discrete_schedules_keep_the_variance_and_add_noise_with_time(noise: NoiseProcess) -> None:
+    alpha, sigma = noise.coefficients(torch.arange(STEPS))
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones(1), atol=1e-6)
+    assert (sigma.flatten().diff() > 0).all()
+
+
+@pytest.mark.parametrize("noise", DISCRETE, ids=str)
+def test_noisy_latents_and_targets_are_those_of_diffusers(noise: NoiseProcess) -> None:
+    name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[noise.schedule]
+    scheduler = DDPMScheduler(beta_schedule=name)
+    latents, e = latents_and_noise()
+    times = times_of(noise)
+    assert torch.allclose(noise.corrupt(latents, e, times), scheduler.add_noise(latents, e, times.long()), atol=1e-6)
+    expected = e if noise.prediction == "epsilon" else scheduler.get_velocity(latents, e, times.long())
+    assert torch.allclose(noise.target(latents, e, times), expected, atol=1e-6)
+
+
+def test_flow_is_the_velocity_of_the_noisy_latents() -> None:
+    latents, e = latents_and_noise()
+    there = FLOW.corrupt(latents, e, torch.full((12,), 600.0))
+    here = FLOW.corrupt(latents, e, torch.full((12,), 400.0))
+    assert torch.allclose((there - here) / 0.2, FLOW.target(latents, e, torch.full((12,), 500.0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", PROCESSES, ids=str)
+def test_the_clean_latents_follow_from_the_target(noise: NoiseProcess) -> None:
+    latents, e = latents_and_noise()
+    times = times_of(noise).clamp(max=800)  # of the noise alone little could be recovered
+    x, target = noise.corrupt(latents, e, times), noise.target(latents, e, times)
+    alpha, sigma = noise.coefficients(times)
+    recovered = {
+        "epsilon": (x - sigma * target) / alpha,
+        "v": alpha * x - sigma * target,
+        "flow": x - sigma * target,
+    }[noise.prediction]
+    assert torch.allclose(recovered, latents, atol=1e-4)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("schedule", ["linear", "flow"])
+def test_times_are_in_range_and_repeatable(schedule: str, timesteps: str) -> None:
+    noise = NoiseProcess(schedule, "flow" if schedule == "flow" else "v", timesteps)
+    times, again = (noise.draw_times(20_000, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(times, again)
+    assert times.dtype == torch.float32
+    assert times.min() >= 0
+    assert times.max() <= (STEPS if schedule == "flow" else STEPS - 1)
+    assert torch.equal(times, times.floor()) == (schedule != "flow")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "flow"])
+def test_times_have_the_distribution_of_their_name(schedule: str) -> None:
+    for timesteps, quartile in (("uniform", 250.0), ("logit_normal", 1000 * torch.tensor(-0.6745).sigmoid().item())):
+        times = NoiseProcess(schedule, "", timesteps).draw_times(40_000, torch.Generator().manual_seed(0))
+        assert times.median().item() == pytest.approx(500, abs=8)
+        assert times.quantile(0.25).item() == pytest.approx(quartile, abs=8)
+
+
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+def test_with_an_exact_model_a_sampler_returns_the_distribution_of_the_data(name: str, noise: NoiseProcess) -> None:
+    x = sample(noise, name, exact(noise, MEAN, STD), steps=500)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x.std().item() == pytest.approx(STD, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair[0] != "ddpm"], ids=str)
+def test_deterministic_samplers_carry_noise_to_the_same_quantile_of_the_data(name: str, noise: NoiseProcess) -> None:
+    x = sample(noise, name, exact(noise, MEAN, STD), steps=1000, count=1, size=8)
+    start = torch.randn(4, 8, 8, generator=image_generators(0, [0])[0])
+    assert torch.allclose(x[0], MEAN + STD * start, atol=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30, 75, 150, 400])
+@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair[0] != "ddpm"], ids=str)
+def test_where_all_data_is_one_point_deterministic_samplers_land_on_it(
+    name: str, noise: NoiseProcess, steps: int
+) -> None:
+    x = sample(noise, name, exact(noise, MEAN, 0.0), steps, count=1, size=8)
+    assert torch.allclose(x, torch.tensor(MEAN), atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [30, 60, 150, 400, 600])
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+def test_the_number_of_steps_need_not_divide_that_of_training(name: str, noise: NoiseProcess, steps: int) -> None:
+    x = sample(noise, name, exact(noise, MEAN, STD), steps, count=2)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+def test_samplers_do_not_clip_latents(name: str, noise: NoiseProcess) -> None:
+    x = sample(noise, name, exact(noise, 7.0, 0.1), steps=25, count=1, size=8)
+    assert x.mean().item() == pytest.approx(7, abs=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 25, 30])
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+def test_sampling_starts_at_the_noisiest_timestep(name: str, noise: NoiseProcess, steps: int) -> None:
+    scheduler = make_scheduler(name, noise)
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == steps
+    assert scheduler.timesteps[0] == (STEPS if name == "euler" else STEPS - 1)
+    assert steps == 1 or (scheduler.timesteps.diff() < 0).all()
+
+
+@pytest.mark.parametrize(("name", "noise"), [("euler", DISCRETE[0]), ("ddpm", FLOW), ("ddim", FLOW)], ids=str)
+def test_a_sampler_of_another_process_is_refused(name: str, noise: NoiseProcess) -> None:
+    with pytest.raises(ValueError, match=rf"^sample.scheduler: {name} cannot draw from .* {noise.schedule} schedule"):
+        make_scheduler(name, noise)
+
+
+def test_guidance_interpolates_and_extrapolates_between_two_models() -> None:
+    model = scrambled()
+    x, labels = latents_and_noise(3)[0][:, :, :2, :2].repeat(1, 1, 2, 2), torch.tensor([0, 1, 2])
+    conditional = model(x, 500, labels).sample
+    unconditional = model(x, 500, torch.full_like(labels, CLASSES)).sample
+    time = torch.tensor(500)
+    assert torch.equal(guided(model, labels, 1.0)(x, time), conditional)
+    assert torch.equal(guided(model, labels, 0.0)(x, time), unconditional)
+    for scale in (2.0, 0.5):
+        expected = unconditional + scale * (conditional - unconditional)
+        assert torch.allclose(guided(model, labels, scale)(x, time), expected, atol=1e-4)
+    assert (conditional - unconditional).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "noise"), [("ddpm", DISCRETE[0]), ("ddim", DISCRETE[3]), ("euler", FLOW)], ids=str)
+def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> None:
+    model = scrambled()
+
+    def images(indices: list[int]) -> Tensor:
+        return draw(
+            guided(model, torch.tensor(indices) % CLASSES, 2.0),
+            make_scheduler(name, noise),
+            steps=5,
+            shape=(4, 4, 4),
+            generators=image_generators(9, indices),
+            device="cpu",
+        )
+
+    together = images([0, 1, 2, 3, 4])
+    scale = together.abs().max()
+    assert torch.allclose(torch.cat([images([i]) for i in range(5)]) / scale, together / scale, atol=1e-4)
+    assert torch.allclose(images([4, 1]) / scale, together[[4, 1]] / scale, atol=1e-4)
+    assert (together[0] - together[3]).abs().max() > 1e-2 * scale  # of one class, and yet not alike
+
+
+def test_neighbouring_seeds_and_indices_share_no_noise() -> None:
+    generators = [generator for seed in range(3) for generator in image_generators(seed, [0, 1, 2])]
+    assert len({generator.initial_seed() for generator in generators}) == 9

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from small_world import make_vae
+from torch import Tensor, nn
+
+from data.solids import render
+from pipeline.anchor import SIGMA, anchored_autoencoder
+from pipeline.vae import FrozenVae, to_images, to_pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("taesd")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(path)
+    return path
+
+
+def pictures(count: int = 2, size: int = 16) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_all_levels_return_from_pixels_to_images() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    pixels = to_pixels(images)
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+    assert torch.equal(to_images(pixels), images)
+
+
+def test_pixels_and_images_have_the_same_orientation() -> None:
+    images = torch.zeros(1, 2, 3, 3, dtype=torch.uint8)
+    images[0, 1, 2, 0] = 255  # red, below, on the right
+    pixels = to_pixels(images)
+    assert pixels.shape == (1, 3, 2, 3)
+    assert pixels[0, 0, 1, 2] == 1
+
+
+def test_values_outside_the_range_are_cut_off_and_the_rest_is_rounded() -> None:
+    pixels = torch.tensor([-9.0, 9.0, 0.6 / 127.5 - 1]).reshape(1, 3, 1, 1)
+    assert to_images(pixels).flatten().tolist() == [0, 255, 1]
+
+
+def test_moments_are_mean_and_standard_deviation_of_the_posterior(folder: Path) -> None:
+    posterior = AutoencoderKL.from_pretrained(folder).encode(pictures()).latent_dist
+    moments = FrozenVae(str(folder)).encode(pictures())
+    assert torch.allclose(moments[:, :4], posterior.mean, atol=1e-5)
+    assert torch.allclose(moments[:, 4:], posterior.std, atol=1e-5)
+    assert (moments[:, 4:] > 0).all()
+
+
+def test_decode_takes_latents_unscaled(folder: Path) -> None:
+    plain = AutoencoderKL.from_pretrained(folder)
+    mode = plain.encode(pictures()).latent_dist.mode()
+    assert torch.allclose(FrozenVae(str(folder)).decode(mode), plain.decode(mode).sample, atol=1e-5)
+
+
+def test_a_vae_without_a_posterior_has_the_standard_deviation_zero(tiny_folder: Path) -> None:
+    moments = FrozenVae(str(tiny_folder)).encode(pictures())
+    expected = AutoencoderTiny.from_pretrained(tiny_folder).encode(pictures()).latents
+    assert torch.allclose(moments[:, :4], expected, atol=1e-5)
+    assert not moments[:, 4:].any()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tiny_folder"])
+def test_downsampling_is_that_of_the_latents(kind: str, request: pytest.FixtureRequest) -> None:
+    vae = FrozenVae(str(request.getfixturevalue(kind)))
+    assert 16 // vae.encode(pictures()).shape[-1] == vae.downsampling == vae.identity().downsampling
+
+
+def test_no_weight_can_be_trained(folder: Path) -> None:
+    model = FrozenVae(str(folder)).model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_the_identity_is_a_function_of_the_weights_alone(folder: Path, tmp_path: Path) -> None:
+    first = FrozenVae(str(folder))
+    moved = FrozenVae(str(make_vae(tmp_path / "elsewhere", seed=0)))
+    moved.check(first.identity(), tmp_path)
+    assert moved.identity().weights_sha256 == first.identity().weights_sha256
+
+
+def test_one_changed_weight_is_another_vae(folder: Path, tmp_path: Path) -> None:
+    vae = FrozenVae(str(folder))
+    cached = vae.identity()
+    with torch.no_grad():
+        vae.model.decoder.conv_in.weight[1, 0, 1, 1] += 1e-6
+    with pytest.raises(ValueError, match=r"^vae.source: .* is not the VAE that made"):
+        vae.check(cached, tmp_path)
+
+
+def test_a_vae_that_cannot_be_loaded_is_a_value_error_in_one_line(tmp_path: Path) -> None:
+    for source in (str(tmp_path), str(tmp_path / "nothing"), "nobody/nothing"):
+        with pytest.raises(ValueError, match=r"^vae.source: cannot load a VAE from [^\n]*$"):
+            FrozenVae(source)
+
+
+def test_a_model_that_is_no_vae_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^vae.source: .* is of class UNet2DModel"):
+        FrozenVae(str(tmp_path))
+
+
+def test_the_bundled_vae_reconstructs_solids_better_than_their_average_colours() -> None:
+    vae = FrozenVae("bundled")
+    pixels = to_pixels(torch.from_numpy(render(range(8), seed=321, size=64)))
+    decoded = vae.decode(vae.encode(pixels)[:, : vae.model.config["latent_channels"]])
+    averages = nn.functional.avg_pool2d(pixels, vae.downsampling)
+    averages = nn.functional.interpolate(averages, scale_factor=vae.downsampling)
+    assert (decoded - pixels).square().mean() < (averages - pixels).square().mean()
+
+
+def anchored() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return anchored_autoencoder((16, 32, 64), latent_channels=4)
+
+
+def inputs_of_norms(vae: AutoencoderKL, pixels: Tensor) -> list[tuple[nn.GroupNorm, Tensor]]:
+    seen: list[tuple[nn.GroupNorm, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0])))
+        for module in vae.modules()
+        if isinstance(module, nn.GroupNorm)
+    ]
+    vae(pixels)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def train_a_little(vae: AutoencoderKL) -> None:
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        (vae(pictures(), sample_posterior=True).sample - pictures()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_normalised_map_holds_the_anchors_before_and_after_training(trained: bool) -> None:
+    vae = anchored()
+    if trained:
+        train_a_little(vae)
+    seen = inputs_of_norms(vae, pictures())
+    assert len(seen) == len([module for module in vae.modules() if isinstance(module, nn.GroupNorm)])
+    for norm, x in seen:
+        constant = SIGMA * (norm.num_channels / 2) ** 0.5
+        assert torch.allclose(x[:, 0], torch.tensor(constant), rtol=1e-5)
+        assert torch.allclose(x[:, 1], torch.tensor(-constant), rtol=1e-5)
+
+
+def test_with_anchors_normalisation_is_nearly_the_identity() -> None:
+    for norm, x in inputs_of_norms(anchored(), pictures()):
+        y = norm(x)
+        assert not y[:, :2].any()
+        assert (y[:, 2:] - x[:, 2:]).square().mean() < 0.2**2 * x[:, 2:].square().mean()
+
+
+def test_training_begins_with_average_colours() -> None:
+    vae = anchored()
+    colour = torch.tensor([0.8, -0.4, 0.1])[None, :, None, None].expand(1, 3, 32, 32)
+    decoded = vae.decode(vae.encode(colour).latent_dist.mode()).sample
+    inside = decoded[:, :, 8:-8, 8:-8].mean(dim=(2, 3))
+    assert torch.allclose(inside, colour[:, :, 0, 0], atol=0.3)
+
+
+def test_what_is_saved_is_a_plain_autoencoder(tmp_path: Path) -> None:
+    vae = anchored()
+    train_a_little(vae)
+    vae.save_pretrained(tmp_path)
+    again = AutoencoderKL.from_pretrained(tmp_path)
+    assert type(again) is AutoencoderKL
+    assert torch.equal(again(pictures()).sample, vae(pictures()).sample)
