@@ -20,6 +20,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from data.manifest import MANIFEST, Failure, Manifest, Plan, Shard, first_difference
+from data.source import printable
 from data.storage import publish, publish_json, remove, sha256_file
 
 CHUNK_ROWS = 16  # rows under one checksum
@@ -61,7 +62,8 @@ class CacheWriter:
         Rows with values that are not finite in the cache's type become failures: they are never committed.
         """
         rows = self.rows_of(shard)
-        values = moments.astype(self.plan.dtype)
+        with np.errstate(over="ignore"):  # what overflows is found below and becomes a failure
+            values = moments.astype(self.plan.dtype)
         broken = ~np.isfinite(values).all(axis=(1, 2, 3, 4))
         reasons = {rows[i]: "the VAE's output is NaN or infinite" for i in np.flatnonzero(broken)} | failures
         good = np.array([row not in reasons for row in rows])
@@ -78,13 +80,16 @@ class CacheWriter:
             values=count,
             total=tuple(total),
             squares=tuple(squares),
-            failures=tuple(Failure(row=r, key=self.keys[r], reason=reasons[r]) for r in sorted(reasons)),
+            failures=tuple(
+                Failure(row=r, key=printable(self.keys[r]), reason=printable(reasons[r])) for r in sorted(reasons)
+            ),
         )
         publish_json(self._record_file(shard), record.model_dump(mode="json"))
 
     def finish(self) -> Manifest:
         """Write what is left once every shard is there, the manifest last."""
         if self.done:
+            self._tidy()
             return Manifest.load(self.path)
         assert not self.pending()
         count = -(-self.plan.rows // self.plan.shard_rows)
@@ -110,9 +115,12 @@ class CacheWriter:
             shards=tuple(shards),
         )
         manifest.save(self.path)
+        self._tidy()
+        return manifest
+
+    def _tidy(self) -> None:
         remove(self.path / _RECORDS)
         remove(self.path / _PLAN)
-        return manifest
 
     def _record_file(self, shard: int) -> Path:
         return self.path / _RECORDS / f"{shard:06d}.json"
@@ -146,6 +154,8 @@ class LatentCache:
         self.rows = np.setdiff1d(np.arange(self.manifest.rows), failed)
         labels = zarr.open_array(path / _GROUP / "label", mode="r", zarr_format=3)
         self.labels: NDArray[np.int64] = np.asarray(labels[:])[self.rows]
+        if (self.labels < 0).any():
+            raise ValueError(f"{path / _GROUP / 'label'}: labels of committed images are missing; encode again")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -203,7 +213,7 @@ def _create(plan: Plan) -> tuple[MemoryStore, zarr.Array, zarr.Array]:
         config={"write_empty_chunks": True},  # a chunk of failures is NaN throughout, and still has its place
     )
     label = group.create_array(
-        "label", shape=(plan.rows,), dtype="int64", chunks=(plan.rows,), fill_value=-1, compressors=None
+        "label", shape=(plan.rows,), dtype="int64", chunks=(plan.rows,), fill_value=-1, compressors=[Crc32cCodec()]
     )
     return store, moments, label
 

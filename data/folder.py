@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from data.source import Batch, digest
+from data.source import Batch, digest, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
 PREPROCESSING = "v1: EXIF rotation, RGB over white, shorter side resized (bicubic), centre crop"
+_DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is recorded with the image's key
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+_TURNS = {  # EXIF's orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MATTE = 255  # alpha is composited over white, as a browser shows it
 
 
@@ -24,25 +45,25 @@ class ImageFolder:
     def __init__(self, root: Path, *, image_size: int) -> None:
         if not root.is_dir():
             raise ValueError(f"data.source: no such folder: {root}")
-        self.name = str(root)
+        self.name = printable(str(root))
         self.root = root
         self.image_size = image_size
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         found = [(f"{name}/{path}", name) for name in folders for path in sorted(_image_paths(root / name))]
-        self.classes = tuple(sorted({name for _, name in found}))
+        names = sorted({name for _, name in found})
+        self.classes = tuple(map(printable, names))
         if not found:
             raise ValueError(
                 f"data.source: no images under {root}: put them in one folder per class, such as {root}/cat/1.jpg"
                 f" (formats: {' '.join(sorted(SUFFIXES))})"
             )
         self.keys: Sequence[str] = [key for key, _ in found]
-        number = {name: i for i, name in enumerate(self.classes)}
+        number = {name: i for i, name in enumerate(names)}
         self.labels = np.array([number[name] for _, name in found], dtype=np.int64)
 
     def fingerprint(self) -> str:
         """A digest over keys, sizes and modification times: cheap enough to take before every encode."""
-        stats = ((key, (self.root / key).stat()) for key in self.keys)
-        return digest(f"{key}\t{stat.st_size}\t{stat.st_mtime_ns}" for key, stat in stats)
+        return digest(f"{key}\t{_stamp(self.root / key)}" for key in self.keys)
 
     def load(self, indices: Sequence[int]) -> Batch:
         batch = Batch(
@@ -51,21 +72,25 @@ class ImageFolder:
         for row, index in enumerate(indices):
             try:
                 batch.pixels[row] = read_image(self.root / self.keys[index], self.image_size)
-            except (
-                OSError,
-                ValueError,
-                SyntaxError,
-                Image.DecompressionBombError,
-            ) as error:  # what Pillow's decoders raise
+            except _DECODER_ERRORS as error:
                 batch.failures[int(index)] = f"{type(error).__name__}: {error}"
         return batch
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
-    for parent, _, files in os.walk(folder):  # links to folders are not followed: they may form a loop
+    for parent, inner, files in os.walk(folder):  # links to folders are not followed: they may form a loop
+        inner[:] = [name for name in inner if not name.startswith(".")]
         for file in files:
             if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
                 yield os.path.relpath(os.path.join(parent, file), folder).replace(os.sep, "/")
+
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:  # a dangling link, or gone since it was listed: its load will say so
+        return "unreadable"
+    return f"{stat.st_size}\t{stat.st_mtime_ns}"
 
 
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
@@ -78,10 +103,16 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     with Image.open(path) as file:
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width}x{file.height} pixels, over the limit of {MAX_PIXELS}")
-        image = _to_rgb(ImageOps.exif_transpose(file))
+        image = _upright(_to_rgb(file), file.getexif().get(ExifTags.Base.Orientation))
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
+
+
+def _upright(image: Image.Image, orientation: object) -> Image.Image:
+    """Turn by EXIF's orientation alone: ImageOps.exif_transpose also rewrites the other tags, and fails on odd ones."""
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -31,7 +31,9 @@ class LatentBatch:
 @functools.lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The permutation of `count` images in which epoch number `epoch` reads them."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    order.setflags(write=False)  # the cached array itself is handed out
+    return order
 
 
 def batch_indices(count: int, *, seed: int, step: int, batch_size: int) -> NDArray[np.int64]:

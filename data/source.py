@@ -47,6 +47,11 @@ def digest(lines: Iterable[str]) -> str:
     return sha.hexdigest()
 
 
+def printable(name: str) -> str:
+    """A file's name with bytes that are not UTF-8 as backslash escapes: JSON cannot hold them."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def open_source(source: str, *, image_size: int, count: int, seed: int) -> Source:
     """The data set that `data.source` names: `solids` or a folder of class folders.
 

@@ -21,9 +21,7 @@ def _block(page: str, language: str) -> str:
 
 
 def test_the_cache_is_read_by_the_lines_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = VaeIdentity(
-        source="x", class_name="x", weights_sha256="x", scaling_factor=1, shift_factor=0, downsampling=4
-    )
+    vae = VaeIdentity(source="x", class_name="x", weights_sha256="x", scaling_factor=1, shift_factor=0, downsampling=4)
     plan = Plan(
         store="moments",
         dtype="float16",

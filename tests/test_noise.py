@@ -18,7 +18,12 @@ DISCRETE = [NoiseProcess(schedule, target) for schedule in ("linear", "cosine") 
 FLOW = NoiseProcess("flow", "flow")
 PROCESSES = [*DISCRETE, FLOW]
 SAMPLERS = [*itertools.product(["ddpm", "ddim"], DISCRETE), ("euler", FLOW)]
+DETERMINISTIC = [(name, noise) for name, noise in SAMPLERS if name != "ddpm"]
 MEAN, STD = 1.5, 0.4  # of the Gaussian data
+
+
+def title(value: NoiseProcess | str) -> str:
+    return value if isinstance(value, str) else f"{value.schedule}-{value.prediction}"
 
 
 def times_of(noise: NoiseProcess) -> Tensor:
@@ -41,7 +46,7 @@ def exact(noise: NoiseProcess, mean: float, std: float) -> Denoise:
     return denoise
 
 
-def sample(noise: NoiseProcess, name: str, denoise: Denoise, steps: int, count: int = 3, size: int = 32) -> Tensor:
+def sample(noise: NoiseProcess, name: str, denoise: Denoise, steps: int, count: int = 2, size: int = 32) -> Tensor:
     return draw(
         denoise,
         make_scheduler(name, noise),
@@ -65,14 +70,14 @@ def test_flow_goes_from_data_to_noise_exactly() -> None:
     assert sigma.flatten().tolist() == [0, 0.25, 1]
 
 
-@pytest.mark.parametrize("noise", DISCRETE, ids=str)
+@pytest.mark.parametrize("noise", DISCRETE, ids=title)
 def test_discrete_schedules_keep_the_variance_and_add_noise_with_time(noise: NoiseProcess) -> None:
     alpha, sigma = noise.coefficients(torch.arange(STEPS))
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(1), atol=1e-6)
     assert (sigma.flatten().diff() > 0).all()
 
 
-@pytest.mark.parametrize("noise", DISCRETE, ids=str)
+@pytest.mark.parametrize("noise", DISCRETE, ids=title)
 def test_noisy_latents_and_targets_are_those_of_diffusers(noise: NoiseProcess) -> None:
     name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[noise.schedule]
     scheduler = DDPMScheduler(beta_schedule=name)
@@ -90,7 +95,7 @@ def test_flow_is_the_velocity_of_the_noisy_latents() -> None:
     assert torch.allclose((there - here) / 0.2, FLOW.target(latents, e, torch.full((12,), 500.0)), atol=1e-5)
 
 
-@pytest.mark.parametrize("noise", PROCESSES, ids=str)
+@pytest.mark.parametrize("noise", PROCESSES, ids=title)
 def test_the_clean_latents_follow_from_the_target(noise: NoiseProcess) -> None:
     latents, e = latents_and_noise()
     times = times_of(noise).clamp(max=800)  # of the noise alone little could be recovered
@@ -124,14 +129,14 @@ def test_times_have_the_distribution_of_their_name(schedule: str) -> None:
         assert times.quantile(0.25).item() == pytest.approx(quartile, abs=8)
 
 
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
 def test_with_an_exact_model_a_sampler_returns_the_distribution_of_the_data(name: str, noise: NoiseProcess) -> None:
     x = sample(noise, name, exact(noise, MEAN, STD), steps=500)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x.std().item() == pytest.approx(STD, abs=0.01)
 
 
-@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair[0] != "ddpm"], ids=str)
+@pytest.mark.parametrize(("name", "noise"), DETERMINISTIC, ids=title)
 def test_deterministic_samplers_carry_noise_to_the_same_quantile_of_the_data(name: str, noise: NoiseProcess) -> None:
     x = sample(noise, name, exact(noise, MEAN, STD), steps=1000, count=1, size=8)
     start = torch.randn(4, 8, 8, generator=image_generators(0, [0])[0])
@@ -139,7 +144,7 @@ def test_deterministic_samplers_carry_noise_to_the_same_quantile_of_the_data(nam
 
 
 @pytest.mark.parametrize("steps", [1, 4, 30, 75, 150, 400])
-@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair[0] != "ddpm"], ids=str)
+@pytest.mark.parametrize(("name", "noise"), DETERMINISTIC, ids=title)
 def test_where_all_data_is_one_point_deterministic_samplers_land_on_it(
     name: str, noise: NoiseProcess, steps: int
 ) -> None:
@@ -147,21 +152,21 @@ def test_where_all_data_is_one_point_deterministic_samplers_land_on_it(
     assert torch.allclose(x, torch.tensor(MEAN), atol=1e-2)
 
 
-@pytest.mark.parametrize("steps", [30, 60, 150, 400, 600])
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+@pytest.mark.parametrize("steps", [60, 150, 600])
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
 def test_the_number_of_steps_need_not_divide_that_of_training(name: str, noise: NoiseProcess, steps: int) -> None:
-    x = sample(noise, name, exact(noise, MEAN, STD), steps, count=2)
+    x = sample(noise, name, exact(noise, MEAN, STD), steps)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
 
 
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
 def test_samplers_do_not_clip_latents(name: str, noise: NoiseProcess) -> None:
     x = sample(noise, name, exact(noise, 7.0, 0.1), steps=25, count=1, size=8)
     assert x.mean().item() == pytest.approx(7, abs=0.1)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 25, 30])
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=str)
+@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
 def test_sampling_starts_at_the_noisiest_timestep(name: str, noise: NoiseProcess, steps: int) -> None:
     scheduler = make_scheduler(name, noise)
     scheduler.set_timesteps(steps)
@@ -170,7 +175,7 @@ def test_sampling_starts_at_the_noisiest_timestep(name: str, noise: NoiseProcess
     assert steps == 1 or (scheduler.timesteps.diff() < 0).all()
 
 
-@pytest.mark.parametrize(("name", "noise"), [("euler", DISCRETE[0]), ("ddpm", FLOW), ("ddim", FLOW)], ids=str)
+@pytest.mark.parametrize(("name", "noise"), [("euler", DISCRETE[0]), ("ddpm", FLOW), ("ddim", FLOW)], ids=title)
 def test_a_sampler_of_another_process_is_refused(name: str, noise: NoiseProcess) -> None:
     with pytest.raises(ValueError, match=rf"^sample.scheduler: {name} cannot draw from .* {noise.schedule} schedule"):
         make_scheduler(name, noise)
@@ -190,7 +195,7 @@ def test_guidance_interpolates_and_extrapolates_between_two_models() -> None:
     assert (conditional - unconditional).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("name", "noise"), [("ddpm", DISCRETE[0]), ("ddim", DISCRETE[3]), ("euler", FLOW)], ids=str)
+@pytest.mark.parametrize(("name", "noise"), [("ddpm", DISCRETE[0]), ("ddim", DISCRETE[3]), ("euler", FLOW)], ids=title)
 def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> None:
     model = scrambled()
 
