@@ -153,19 +153,20 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, each reading a skip connection, then nearest-neighbour upsampling."""
+    """Residual blocks at one resolution, each reading a skip connection, then nearest-neighbour upsampling with a
+    convolution to the `up_to` channels of the next level; the last level has no `up_to`."""
 
     def __init__(
-        self, width: int, skips: list[int], channels: int, condition: int, dropout: float, *, last: bool
+        self, width: int, skips: list[int], channels: int, condition: int, dropout: float, *, up_to: int | None
     ) -> None:
         super().__init__()
         widths = [width + skips[0]] + [channels + skip for skip in skips[1:]]
         self.blocks = nn.ModuleList(ResidualBlock(w, channels, condition, dropout) for w in widths)
-        self.upsample = None if last else nn.Conv2d(channels, channels, 3, padding=1)
+        self.upsample = None if up_to is None else nn.Conv2d(channels, up_to, 3, padding=1)
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
-        """`B C_in H W`, `B E` -> `B C 2H 2W`; a feature map a block is taken off `skips`."""
+        """`B C_in H W`, `B E` -> `B C_up 2H 2W`; a feature map a block is taken off `skips`."""
         for block in self.blocks:
             x = _run(block, torch.cat([x, skips.pop()], dim=1), condition, self.gradient_checkpointing)
         return x if self.upsample is None else self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -215,8 +216,9 @@ class LatentUNet(ModelMixin, ConfigMixin):
         self.up = nn.ModuleList()
         for i, level in reversed(list(enumerate(channels))):
             taken = [skips.pop() for _ in range(blocks + 1)]
-            self.up.append(UpLevel(width, taken, level, condition, dropout, last=i == 0))
-            width = level
+            up_to = channels[i - 1] if i else None
+            self.up.append(UpLevel(width, taken, level, condition, dropout, up_to=up_to))
+            width = up_to or level
         self.norm_out = _norm(width)
         self.conv_out = _zero(nn.Conv2d(width, in_channels, 3, padding=1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
     assert set(rates[99:601]) == {0.5}
     assert rates[800] == pytest.approx(0.25)
     assert rates[1000] == 0
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.5 / 100 + 1e-9
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 0.5 / 100 + 1e-9
 
 
 def test_without_warmup_and_decay_the_learning_rate_is_constant() -> None:
