@@ -77,6 +77,9 @@ def save_checkpoint(
         model.save_config(staged / "ema")
         files = {str(f.relative_to(staged)): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
         publish_json(staged / _STATE, {**state, "sha256": files})
+    for other in checkpoint_folders(run):
+        if int(other.name) > state["images_seen"]:  # it was damaged, or this run would have gone on from there
+            remove(other)
     for old in checkpoint_folders(run)[:-keep]:
         remove(old)
     return folder

@@ -73,6 +73,9 @@ def draw(
     device: Any,
 ) -> Tensor:
     """Latents `B C h w` in the space of training, one for each of `generators`, in `steps` steps."""
+    if isinstance(scheduler, DDIMScheduler) and STEPS % steps:
+        # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
+        raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")
     scheduler.set_timesteps(steps, device=device)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     x = noise.to(device).contiguous(memory_format=torch.channels_last) * getattr(scheduler, "init_noise_sigma", 1.0)

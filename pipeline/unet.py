@@ -254,6 +254,8 @@ def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Ten
 def _check(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
     if bottleneck not in ("transformer", "resnet"):
         raise ValueError(f"model.bottleneck: {bottleneck!r}: use transformer or resnet")
+    if channels[0] % 2:
+        raise ValueError(f"model.channels: the first width, {channels[0]}, is odd: it is split into sines and cosines")
     factor = 2 ** (len(channels) - 1)
     if sample_size % factor:
         raise ValueError(

@@ -107,6 +107,8 @@ class Train(Section):
 class Sample(Section):
     """What is drawn from a trained model."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # classes may be given by number
+
     scheduler: Literal["ddpm", "ddim", "euler"] = "euler"
     steps: PositiveInt = 25
     guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
@@ -137,6 +139,8 @@ class Config(Section):
                 f"sample.scheduler {self.sample.scheduler} cannot draw from noise.schedule {self.noise.schedule}:"
                 f" use {choice}"
             )
+        if self.sample.scheduler == "ddim" and 1000 % self.sample.steps:
+            raise ValueError(f"sample.steps {self.sample.steps}: ddim needs a divisor of 1000, such as 25, 50 or 100")
         return self
 
 
@@ -173,6 +177,7 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a config is a mapping of sections, this is a {type(values).__name__}")
+    values = {key: {} if value is None else value for key, value in values.items()}  # a section without keys
     for override in overrides:
         _override(values, override)
     values.setdefault("name", file.stem)
@@ -208,7 +213,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {section} is not a section")
-    values[last] = _parse(text)
+    try:
+        values[last] = _parse(text)
+    except ValueError as error:
+        raise ValueError(f"--set {override}: {error}") from None
 
 
 def _explain(error: Any) -> str:

@@ -50,7 +50,8 @@ def decode(config: Config, run: Path, cache: Path | None) -> Path:
     chosen = _first_of_each_class(latents.labels, config.sample.per_class) if cache else np.arange(len(latents))
     out = folder / "decoded" if cache else folder
     names = [f"{latents.rows[i]:06d}-{_file_name(manifest.classes[latents.labels[i]])}.png" for i in chosen]
-    if (out / "index.html").exists() and all((out / "images" / name).exists() for name in names):
+    made = [out / "index.html", out / "grid.png", *(out / "images" / name for name in names)]
+    if all(file.exists() for file in made):
         print(f"decode: all done: {out}/grid.png")
         return out
     images = _decode_all(latents, chosen, vae, config.sample.batch_size)

@@ -131,7 +131,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         shard_rows=SHARD_ROWS,
         batch_size=config.sample.batch_size,
         classes=tuple(checkpoint.state["classes"]),
-        data_source=f"samples of {run}",
+        data_source=f"samples of {run.resolve().name}",
         data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
         image_size=checkpoint.state["image_size"],
         preprocessing="none: drawn from a model",

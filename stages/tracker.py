@@ -30,9 +30,12 @@ class Tracker:
         if self.run:
             self.run.log(values, step=values["images_seen"])
 
-    def close(self) -> None:
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.run:
-            self.run.finish()
+            self.run.finish(exit_code=int(kind is not None))
 
 
 def _has_key() -> bool:

@@ -90,36 +90,43 @@ class Trainer:
         settings, main = self.config.train, self.accelerator.is_main_process
         if main:
             self._start_run_folder()
-        tracker = Tracker(settings.tracker, self.run, self.config, active=main)
         window = _Window(self.device)
         self.prepared.train()
-        bar = tqdm(
-            total=settings.images,
-            initial=self.images_seen,
-            unit=" images",
-            desc="train",
-            mininterval=2,
-            disable=not main,
-        )
-        while self.images_seen < settings.images:
-            before = self.images_seen
-            window.add(*self._update())
-            bar.update(settings.batch_size)
-            saving = self._passed(before, settings.checkpoint_every) or self.images_seen >= settings.images
-            if self.device.type == "cpu" or saving or self._passed(before, settings.log_every):
-                window.check_finite(self.step)
-            if main and (saving or self._passed(before, settings.log_every)):
-                values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
-                append_line(self.run / "log.jsonl", json.dumps(values))
-                tracker.log(values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if main and saving:
-                self._save()
-            if main and (self._passed(before, settings.preview_every) or self.images_seen >= settings.images):
-                self._preview()
-                window.restart_clock()
-        bar.close()
-        tracker.close()
+        with (
+            Tracker(settings.tracker, self.run, self.config, active=main) as tracker,
+            tqdm(
+                desc="train",
+                total=settings.images,
+                initial=self.images_seen,
+                unit=" images",
+                mininterval=2,
+                disable=not main,
+            ) as bar,
+        ):
+            while self.images_seen < settings.images:
+                before = self.images_seen
+                window.add(*self._update())
+                bar.update(settings.batch_size)
+                saving, previewing = (
+                    self._due(before, settings.checkpoint_every),
+                    self._due(before, settings.preview_every),
+                )
+                logging = saving or self._due(before, settings.log_every)
+                if logging or self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
+                    window.check_finite(self.step)
+                if not main:
+                    continue
+                if logging:
+                    values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
+                    append_line(self.run / "log.jsonl", json.dumps(values))
+                    tracker.log(values)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                if previewing:
+                    self._preview()
+                if saving:  # last: once it is there, a rerun does not come back to this step
+                    self._save()
+                if saving or previewing:
+                    window.restart_clock()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
 
@@ -153,8 +160,9 @@ class Trainer:
         self.ema.update(self.model, images_seen=self.images_seen, batch_size=settings.batch_size)
         return loss.detach(), norm
 
-    def _passed(self, before: int, every: int) -> bool:
-        return before // every != self.images_seen // every
+    def _due(self, before: int, every: int) -> bool:
+        """Whether the step that began at `before` images passed a multiple of `every`, or ended the run."""
+        return before // every != self.images_seen // every or self.images_seen >= self.config.train.images
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         checkpoint, passed_over = newest_checkpoint(self.run)
@@ -276,6 +284,8 @@ def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) 
     pairs += [
         ("classes", checkpoint.state["classes"], list(manifest.classes)),
         ("data fingerprint", checkpoint.state["data_fingerprint"], manifest.data_fingerprint),
+        ("vae", checkpoint.state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
+        ("data.image_size", checkpoint.state["image_size"], manifest.image_size),
         ("train.batch_size", checkpoint.images_seen / checkpoint.state["step"], config.train.batch_size),
     ]
     for name, old, new in pairs:
