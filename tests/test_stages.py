@@ -283,7 +283,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_checkpoint(
     assert "not finite" in last
     assert tree(run / "checkpoints") == before
     assert "at 16 images" in succeed("train", world.config, run)
-    assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
 
 
 def test_with_debug_an_error_shows_its_trace(world: World) -> None:
@@ -305,9 +304,8 @@ from pathlib import Path
 from stages.config import load_config
 from stages.tracker import Tracker
 config = load_config(Path({str(world.config)!r}))
-tracker = Tracker("wandb", Path({str(tmp_path)!r}), config, active=True)
-tracker.log({{"images_seen": 8, "loss": 1.0}})
-tracker.close()
+with Tracker("wandb", Path({str(tmp_path)!r}), config, active=True) as tracker:
+    tracker.log({{"images_seen": 8, "loss": 1.0}})
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
     try:
