@@ -72,9 +72,8 @@ class Trainer:
         checkpoint = self._newest_checkpoint()
         self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
         self.ema = Ema(self.model, config.train.ema_halflife)
-        optimizer = torch.optim.AdamW(
-            _decay_groups(self.model, config), lr=config.train.lr, betas=config.train.betas, fused=True
-        )
+        groups = _decay_groups(self.model, config)
+        optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
         self.step = 0
         if checkpoint:
             load_training_state(checkpoint, self.model, self.ema, optimizer, self.device)
@@ -94,23 +93,14 @@ class Trainer:
         self.prepared.train()
         with (
             Tracker(settings.tracker, self.run, self.config, active=main) as tracker,
-            tqdm(
-                desc="train",
-                total=settings.images,
-                initial=self.images_seen,
-                unit=" images",
-                mininterval=2,
-                disable=not main,
-            ) as bar,
+            self._progress_bar(main) as bar,
         ):
             while self.images_seen < settings.images:
                 before = self.images_seen
                 window.add(*self._update())
                 bar.update(settings.batch_size)
-                saving, previewing = (
-                    self._due(before, settings.checkpoint_every),
-                    self._due(before, settings.preview_every),
-                )
+                saving = self._due(before, settings.checkpoint_every)
+                previewing = self._due(before, settings.preview_every)
                 logging = saving or self._due(before, settings.log_every)
                 if logging or self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
                     window.check_finite(self.step)
@@ -129,6 +119,16 @@ class Trainer:
                     window.restart_clock()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
+
+    def _progress_bar(self, shown: bool) -> tqdm:
+        return tqdm(
+            desc="train",
+            total=self.config.train.images,
+            initial=self.images_seen,
+            unit=" images",
+            mininterval=2,
+            disable=not shown,
+        )
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; the loss and the norm of the gradient, both on the device."""
@@ -154,6 +154,8 @@ class Trainer:
         loss = diffusion_loss(self.prepared, self.noise, latents, batch.labels, draws, self.model.null_class)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), settings.grad_clip)
+        if settings.precision == "fp16":  # a step whose gradient overflows is skipped, and the scale lowered
+            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
