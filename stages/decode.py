@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,16 +55,17 @@ def decode(config: Config, run: Path, cache: Path | None) -> Path:
     if all(file.exists() for file in made):
         print(f"decode: all done: {out}/grid.png")
         return out
+    started = time.monotonic()
     images = _decode_all(latents, chosen, vae, config.sample.batch_size)
+    rate = len(images) / (time.monotonic() - started)
     for name, image in zip(names, images, strict=True):
         save_png(Image.fromarray(image), out / "images" / name)
     labels = latents.labels[chosen].tolist()
     shown = _first_of_each_class(latents.labels[chosen], SHEET_PER_CLASS)
     save_png(contact_sheet(images[shown], [labels[i] for i in shown], manifest.classes), out / "grid.png")
     publish(out / "index.html", _page(out, manifest.data_source, labels, names, manifest.classes).encode())
-    print(
-        f"decode: {len(images):,} images in {out}/images, all on one sheet: {out}/grid.png, as a page: {out}/index.html"
-    )
+    print(f"decode: {len(images):,} images in {out}/images, {rate:.0f} images/s before they are written as PNG")
+    print(f"decode: on one sheet: {out}/grid.png, as a page: {out}/index.html")
     return out
 
 

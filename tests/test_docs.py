@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache import CacheWriter
-from data.manifest import Plan, VaeIdentity
+from data.cache import LatentCache
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,33 +19,19 @@ def _block(page: str, language: str) -> str:
     return found.group(1)
 
 
-def test_the_cache_is_read_by_the_lines_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = VaeIdentity(source="x", class_name="x", weights_sha256="x", scaling_factor=1, shift_factor=0, downsampling=4)
-    plan = Plan(
-        store="moments",
-        dtype="float16",
-        views=("identity", "flip"),
-        shape=(8, 2, 2),
-        rows=20,
-        shard_rows=1024,
-        batch_size=4,
-        classes=("a", "b"),
-        data_source="x",
-        data_fingerprint="x",
-        image_size=8,
-        preprocessing="x",
-        vae=vae,
-    )
-    moments = np.random.default_rng(0).normal(size=(20, 2, 8, 2, 2)).astype(np.float16)
-    writer = CacheWriter(tmp_path / "caches/solids", plan, [str(i) for i in range(20)], np.arange(20) % 2)
-    writer.write(0, moments, {})
-    writer.finish()
+def test_the_cache_is_read_by_the_lines_of_its_page(
+    cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caches").mkdir()
+    cache.path.rename(tmp_path / "caches" / "solids")
     monkeypatch.chdir(tmp_path)
     names: dict[str, np.ndarray] = {}
     exec(_block("docs/cache-format.md", "python"), names)
-    np.testing.assert_array_equal(names["mean"], moments[:, 0, :4])
-    np.testing.assert_array_equal(names["std"], moments[:, 0, 4:])
-    np.testing.assert_array_equal(names["labels"], np.arange(20) % 2)
+    moments, channels = cache.read(np.arange(len(cache)))[:, 0], cache.manifest.latent_channels
+    np.testing.assert_array_equal(names["mean"][cache.rows], moments[:, :channels])
+    np.testing.assert_array_equal(names["std"][cache.rows], moments[:, channels:])
+    np.testing.assert_array_equal(names["labels"][cache.rows], cache.labels)
+    assert (names["labels"] == -1).sum() == cache.manifest.failed
 
 
 def test_the_readme_lists_every_module_and_no_other() -> None:
