@@ -1,14 +1,16 @@
 # Four stages: encode, train, sample, decode. Each first does what it depends on, and nothing where all is done.
 CONFIG ?= configs/solids.yaml
-NPROC  ?= $(shell nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+NPROC  ?= $(if $(GPU),$(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"),1)
 SET    ?=
 RUN    ?=
 PYTHON ?= python3
 
 BIN    := .venv/bin
 READY  := .venv/.ready
-ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set $(pair)) $(if $(RUN),--run $(RUN))
-LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(BIN)/torchrun --nproc_per_node $(NPROC) -m stages,$(BIN)/latentmill)
+ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)') $(if $(RUN),--run $(RUN))
+GPU     = $(shell command -v nvidia-smi)
+TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m stages
+LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all encode train sample decode vae test lint bench

@@ -95,7 +95,7 @@ def main(file: Path, overrides: tuple[str, ...], run: Path | None) -> None:
     started = time.monotonic()
     model = fit(*load(TRAINING, config.data.image_size, RENDER_SEED))
     unseen, labels = load(UNSEEN, config.data.image_size, RENDER_SEED + 1)
-    decoded = torch.cat([to_images(vae.decode(vae.encode(to_pixels(c))[:, :4])) for c in unseen.split(100)])
+    decoded = torch.cat([to_images(vae.decode(vae.encode(to_pixels(c)).chunk(2, dim=1)[0])) for c in unseen.split(100)])
     samples, asked = decode_samples(folder, vae)
     said = predict(model, samples)
     figures = {

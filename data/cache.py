@@ -29,6 +29,7 @@ _GROUP = "latents.zarr"
 _INDEX = "rows.jsonl"
 _PLAN = "plan.json"
 _RECORDS = "records"
+_PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
 
 
 class CacheWriter:
@@ -97,7 +98,8 @@ class CacheWriter:
         failed = sum(len(shard.failures) for shard in shards)
         if failed == self.plan.rows:
             first = next(failure for shard in shards for failure in shard.failures)
-            remove(self.path)
+            for name in (_GROUP, _RECORDS, _PLAN):  # never the folder itself: it may hold what is not ours
+                remove(self.path / name)
             raise ValueError(f"no image could be encoded: {first.key}: {first.reason}")
         labels = self.labels.copy()
         labels[[failure.row for shard in shards for failure in shard.failures]] = -1
@@ -131,14 +133,18 @@ class CacheWriter:
             found = Manifest.load(self.path)
         elif (self.path / _PLAN).exists():
             found = Plan.model_validate_json((self.path / _PLAN).read_bytes())
+        elif self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            raise ValueError(
+                f"{self.path}: this folder has files, but is no latent cache: choose an empty or a new one"
+            )
         else:
             return
-        difference = first_difference(self.plan, found)
+        difference = first_difference(self.plan, found, ignored=_PROVENANCE)
         if difference:
             name, ours, theirs = (_short(part) for part in difference)
             raise ValueError(
                 f"{self.path}: the cache there has {name} = {theirs}, this run has {ours}:"
-                " choose another cache.path or delete the old cache"
+                " choose another folder (cache.path for encode) or delete this one"
             )
 
 

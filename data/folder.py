@@ -24,6 +24,9 @@ _DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is r
     ArithmeticError,
     LookupError,
     TypeError,
+    AssertionError,
+    MemoryError,
+    RuntimeError,
     struct.error,
     Image.DecompressionBombError,
 )

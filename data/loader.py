@@ -8,6 +8,7 @@ Processes share a batch in equal, adjacent parts: the stream is the same for eve
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.cache import LatentCache
+
+_SLICE = 4096  # rows copied at a time: all that is held twice
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,8 @@ class LatentLoader:
         self.cache, self.seed, self.batch_size, self.device = cache, seed, batch_size, device
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.labels = torch.from_numpy(cache.labels).to(device)
-        self.resident = sum(shard.size for shard in cache.manifest.shards) < _free_memory(device) / 2
-        self._moments: Tensor | None = None
-        if self.resident:
-            self._moments = torch.from_numpy(cache.read(np.arange(len(cache)))).to(device)
+        self._moments = self._load(world_size)
+        self.resident = self._moments is not None
 
     def batch(self, step: int) -> LatentBatch:
         """This process's part of batch number `step`."""
@@ -71,6 +72,19 @@ class LatentLoader:
         else:
             moments = torch.from_numpy(self.cache.read(indices)).to(self.device)
         return LatentBatch(indices, moments, self.labels[on_device])
+
+    def _load(self, world_size: int) -> Tensor | None:
+        """All moments on the device, copied slice by slice; None when they take over half of its free memory."""
+        manifest = self.cache.manifest
+        shape = (len(self.cache), len(manifest.views), *manifest.shape)
+        dtype = getattr(torch, manifest.dtype)
+        sharing = 1 if self.device.type == "cuda" else world_size  # processes without a GPU of their own
+        if math.prod(shape) * dtype.itemsize * sharing > _free_memory(self.device) / 2:
+            return None
+        moments = torch.empty(shape, dtype=dtype, device=self.device)
+        for rows in np.array_split(np.arange(shape[0]), -(-shape[0] // _SLICE)):
+            moments[rows[0] : rows[-1] + 1] = torch.from_numpy(self.cache.read(rows))
+        return moments
 
 
 def _free_memory(device: torch.device) -> int:

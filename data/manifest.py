@@ -105,12 +105,12 @@ class Manifest(Plan):
             raise ValueError(f"{file}: {field}: {first['msg']}: not a manifest of format version 1") from None
 
 
-def first_difference(expected: BaseModel, found: BaseModel) -> tuple[str, Any, Any] | None:
-    """Name and both values of the first field of `expected` that `found` holds differently."""
-    for name in type(expected).model_fields:
+def first_difference(expected: BaseModel, found: BaseModel, *, ignored: set[str]) -> tuple[str, Any, Any] | None:
+    """Name and both values of the first field of `expected`, but for `ignored`, that `found` holds differently."""
+    for name in (name for name in type(expected).model_fields if name not in ignored):
         ours, theirs = getattr(expected, name), getattr(found, name)
         if isinstance(ours, BaseModel):
-            inner = first_difference(ours, theirs)
+            inner = first_difference(ours, theirs, ignored=ignored)
             if inner:
                 return f"{name}.{inner[0]}", inner[1], inner[2]
         elif ours != theirs:

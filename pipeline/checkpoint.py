@@ -85,9 +85,7 @@ def save_checkpoint(
     return folder
 
 
-def load_training_state(
-    checkpoint: Checkpoint, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
+def load_training_state(checkpoint: Checkpoint, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> None:
     """Put weights, average and optimizer back as they were when `checkpoint` was saved."""
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
     ema.load_state_dict(load_file(checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
@@ -95,9 +93,8 @@ def load_training_state(
     for name, parameter in model.named_parameters():
         state = {key.split(".", 1)[0]: value for key, value in flat.items() if key.split(".", 1)[1] == name}
         for key, value in state.items():
-            on = torch.device("cpu") if key == "step" and not parameter.is_cuda else device
             # a moment has its parameter's memory format, or the fused step would run on strided copies
-            state[key] = value.to(on) if key == "step" else torch.empty_like(parameter).copy_(value)
+            state[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
         if state:
             optimizer.state[parameter] = state
 

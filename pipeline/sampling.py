@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
@@ -70,13 +71,17 @@ def draw(
     steps: int,
     shape: tuple[int, int, int],
     generators: list[torch.Generator],
-    device: Any,
+    device: torch.device,
 ) -> Tensor:
     """Latents `B C h w` in the space of training, one for each of `generators`, in `steps` steps."""
     if isinstance(scheduler, DDIMScheduler) and STEPS % steps:
         # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
         raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")
-    scheduler.set_timesteps(steps, device=device)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # evenly from 1 to 0; diffusers' default puts the last evaluation at 0.001 and so wastes it
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     x = noise.to(device).contiguous(memory_format=torch.channels_last) * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = {} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {"generator": generators}

@@ -227,10 +227,16 @@ class LatentUNet(ModelMixin, ConfigMixin):
         return int(self.config["num_classes"])
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
-        """Noisy latents `B C H W`, timesteps in 0..1000 (`B` or a number), classes int64 `B` -> a prediction of the
-        shape of `sample`."""
+        """Noisy latents `B C H W`, timesteps in 0..1000 (`B` or a number), classes int64 `B` (None: the null class)
+        -> a prediction of the shape of `sample`."""
+        if class_labels is None:
+            class_labels = torch.full((len(sample),), self.null_class, device=sample.device)
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = timestep_embedding(times, self.config["channels"][0]).to(sample.dtype)
         condition = F.silu(self.time(embedding) + self.classes(class_labels))

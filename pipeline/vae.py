@@ -1,6 +1,6 @@
 """The frozen first stage: pixels to the moments of a posterior, and latents back to pixels.
 
-`pixels` are float32 `B 3 H W` in -1..1; `moments` are `B 2C h w`, mean then standard deviation; `latents` are
+`pixels` are float32 `B 3 H W` in -1..1; moments of one view are `B 2C h w`, mean then standard deviation; `latents` are
 `B C h w` as the VAE's decoder takes them, unscaled.
 """
 
@@ -83,7 +83,7 @@ def _load(source: str) -> Any:
     where: str | Path = folder if folder.exists() else source
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
-        name = AutoencoderKL.load_config(where)["_class_name"]
+        name = AutoencoderKL.load_config(where).get("_class_name")
         if name not in classes:
             raise ValueError(f"vae.source: {source} is of class {name}; this project reads {' and '.join(classes)}")
         return classes[name].from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,14 @@ def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, ArithmeticError) as error:
-            if debug:
+        except Exception as error:  # the one place where any failure becomes a line; --debug shows all of it
+            if debug or isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
                 raise
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2 if isinstance(error, ValueError) else 1)
+            user_error = isinstance(error, ValueError)
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+                text = str(error) if user_error else f"{type(error).__name__}: {error} (--debug shows where)"
+                click.echo("error: " + " ".join(text.split()), err=True)
+            sys.exit(2 if user_error else 1)
 
     return click.option("--debug", is_flag=True, help="Show the trace of an error.")(wrapped)
 

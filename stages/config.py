@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-
-Fraction = Field(ge=0.0, le=1.0)
 
 
 class Section(BaseModel):
@@ -158,7 +157,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
@@ -181,11 +180,6 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _override(values, override)
     values.setdefault("name", file.stem)
-    return check_config(values, file)
-
-
-def check_config(values: dict[str, Any], file: Path) -> Config:
-    """Validate parsed values; errors name `file`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -226,11 +220,9 @@ def _explain(error: Any) -> str:
         close = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.5)
         return f"unknown key {field}" + (f": did you mean {'.'.join([*parents, close[0]])}?" if close else "")
     message = error["msg"].removeprefix("Value error, ")
-    return (
-        f"{field} = {error['input']!r}: {message}"
-        if error["type"] != "value_error"
-        else f"{field}: {message}".lstrip(": ")
-    )
+    if error["type"] != "value_error":
+        return f"{field} = {error['input']!r}: {message}"
+    return f"{field}: {message}" if field else message
 
 
 def _fields(parents: list[str]) -> list[str]:

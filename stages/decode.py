@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from stages.device import pick_device
 from stages.pictures import contact_sheet, save_png
 from stages.sample import require_checkpoint, sample_folder
 
-SHEET_PER_CLASS = 10
+SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
@@ -55,28 +56,32 @@ def decode(config: Config, run: Path, cache: Path | None) -> Path:
     if all(file.exists() for file in made):
         print(f"decode: all done: {out}/grid.png")
         return out
+    labels = latents.labels[chosen]
+    shown = _first_of_each_class(labels, SHEET_PER_CLASS)
+    shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
+    sheet = []
     started = time.monotonic()
-    images = _decode_all(latents, chosen, vae, config.sample.batch_size)
-    rate = len(images) / (time.monotonic() - started)
-    for name, image in zip(names, images, strict=True):
-        save_png(Image.fromarray(image), out / "images" / name)
-    labels = latents.labels[chosen].tolist()
-    shown = _first_of_each_class(latents.labels[chosen], SHEET_PER_CLASS)
-    save_png(contact_sheet(images[shown], [labels[i] for i in shown], manifest.classes), out / "grid.png")
-    publish(out / "index.html", _page(out, manifest.data_source, labels, names, manifest.classes).encode())
-    print(f"decode: {len(images):,} images in {out}/images, {rate:.0f} images/s before they are written as PNG")
+    for rows, images in _decode_batches(latents, chosen, vae, config.sample.batch_size):
+        for row, image in zip(rows, images, strict=True):
+            save_png(Image.fromarray(image), out / "images" / names[row])
+        sheet.append(images[np.isin(rows, shown)])
+    rate = len(chosen) / (time.monotonic() - started)
+    save_png(contact_sheet(np.concatenate(sheet), labels[shown].tolist(), manifest.classes), out / "grid.png")
+    publish(out / "index.html", _page(out, manifest.data_source, labels.tolist(), names, manifest.classes).encode())
+    print(f"decode: {len(chosen):,} images in {out}/images, {rate:.0f} images/s")
     print(f"decode: on one sheet: {out}/grid.png, as a page: {out}/index.html")
     return out
 
 
-def _decode_all(latents: LatentCache, chosen: NDArray[np.int64], vae: FrozenVae, batch_size: int) -> NDArray[np.uint8]:
-    """uint8 `N H W 3` of the images `chosen`, decoded from the posterior's mean of the first view."""
+def _decode_batches(
+    latents: LatentCache, chosen: NDArray[np.int64], vae: FrozenVae, batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Places in `chosen` and their images, uint8 `B H W 3`, from the posterior's mean of the first view."""
     channels = latents.manifest.latent_channels
-    images = []
     for start in tqdm(range(0, len(chosen), batch_size), desc="decode", unit=" batches", mininterval=1):
-        moments = torch.from_numpy(latents.read(chosen[start : start + batch_size]))
-        images.append(to_images(vae.decode(moments[:, 0, :channels].float())).cpu().numpy())
-    return np.concatenate(images)
+        rows = np.arange(start, min(start + batch_size, len(chosen)))
+        moments = torch.from_numpy(latents.read(chosen[rows]))
+        yield rows, to_images(vae.decode(moments[:, 0, :channels].float())).cpu().numpy()
 
 
 def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

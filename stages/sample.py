@@ -41,7 +41,11 @@ def sample(config: Config, run: Path) -> Path:
         return folder
     _draw_missing(config, checkpoint, writer, labels)
     publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
-    writer.finish()
+    manifest = writer.finish()
+    if manifest.failed:
+        print(
+            f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {folder}/manifest.json"
+        )
     return folder
 
 

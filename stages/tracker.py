@@ -22,7 +22,7 @@ class Tracker:
                 project="latentmill",
                 name=run.name,
                 dir=run,
-                mode="online" if _has_key() else "offline",
+                mode=None if os.environ.get("WANDB_MODE") else "online" if _has_key() else "offline",
                 config=config.model_dump(mode="json"),
             )
 

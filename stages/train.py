@@ -41,21 +41,35 @@ def train(config: Config, run: Path) -> None:
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but the processes are not connected: without a GPU, set"
             " ACCELERATE_USE_CPU=true"
         )
-    trainer = Trainer(config, run, accelerator)
-    if trainer.images_seen >= config.train.images:
-        accelerator.print(f"train: all done: {trainer.images_seen:,} images seen in {run}")
+    manifest = Manifest.load(config.cache.path)
+    checkpoint = find_checkpoint(config, run, manifest, accelerator)
+    if checkpoint and checkpoint.images_seen >= config.train.images:
+        accelerator.print(f"train: all done: {checkpoint.images_seen:,} images seen in {run}")
         return
-    trainer.run_to_the_end()
+    Trainer(config, run, accelerator, checkpoint).run_to_the_end()
+
+
+def find_checkpoint(config: Config, run: Path, manifest: Manifest, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, if it has any; ValueError if it does not fit the config or the cache."""
+    checkpoint, passed_over = newest_checkpoint(run)
+    for line in passed_over:
+        accelerator.print(f"train: passed over {line}")
+    if checkpoint:
+        check_resumable(checkpoint, config, manifest)
+    elif passed_over:
+        raise ValueError(f"{run}/checkpoints: none is whole ({passed_over[0]}): move the folder away to start anew")
+    return checkpoint
 
 
 class Trainer:
     """The state of a run and its loop. One clock, images seen, drives all that happens."""
 
-    def __init__(self, config: Config, run: Path, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.device = accelerator.device
         cache = LatentCache(config.cache.path)
-        cache.verify()
+        if accelerator.is_local_main_process:
+            cache.verify()
         self.manifest = cache.manifest
         self.vae = FrozenVae(config.vae.source, self.device)
         self.vae.check(self.manifest.vae, config.cache.path)
@@ -69,16 +83,18 @@ class Trainer:
             world_size=accelerator.num_processes,
             device=self.device,
         )
-        checkpoint = self._newest_checkpoint()
         self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
         self.ema = Ema(self.model, config.train.ema_halflife)
         groups = _decay_groups(self.model, config)
         optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
         self.step = 0
         if checkpoint:
-            load_training_state(checkpoint, self.model, self.ema, optimizer, self.device)
+            load_training_state(checkpoint, self.model, self.ema, optimizer)
             self.step = checkpoint.state["step"]
+            accelerator.print(f"train: continuing {run} at {self.images_seen:,} images")
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        if checkpoint and accelerator.scaler:
+            accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     @property
     def images_seen(self) -> int:
@@ -104,10 +120,12 @@ class Trainer:
                 logging = saving or self._due(before, settings.log_every)
                 if logging or self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
                     window.check_finite(self.step)
+                if logging:
+                    window.sums = self.accelerator.reduce(window.sums, "mean")
+                    values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
                 if not main:
                     continue
                 if logging:
-                    values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
                     append_line(self.run / "log.jsonl", json.dumps(values))
                     tracker.log(values)
                     bar.set_postfix(loss=f"{values['loss']:.4f}")
@@ -166,16 +184,6 @@ class Trainer:
         """Whether the step that began at `before` images passed a multiple of `every`, or ended the run."""
         return before // every != self.images_seen // every or self.images_seen >= self.config.train.images
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        checkpoint, passed_over = newest_checkpoint(self.run)
-        for line in passed_over:
-            self.accelerator.print(f"train: passed over {line}")
-        if checkpoint:
-            check_resumable(checkpoint, self.config, self.manifest)
-            if checkpoint.images_seen < self.config.train.images:
-                self.accelerator.print(f"train: continuing {self.run} at {checkpoint.images_seen:,} images")
-        return checkpoint
-
     def _start_run_folder(self) -> None:
         """Write the resolved config, and drop log lines that a crash left after the checkpoint."""
         publish(self.run / "config.yaml", dump_config(self.config).encode())
@@ -194,6 +202,7 @@ class Trainer:
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
             "data_fingerprint": self.manifest.data_fingerprint,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         save_checkpoint(
             self.run, model=self.model, ema=self.ema, optimizer=self.optimizer, state=state, keep=self.config.train.keep
@@ -215,7 +224,8 @@ class Trainer:
             generators=image_generators(settings.seed, list(range(len(labels)))),
             device=self.device,
         )
-        images = to_images(self.vae.decode(self.normalization.denormalize(latents))).cpu().numpy()
+        parts = self.normalization.denormalize(latents).split(len(names))  # a larger VAE has no room for all at once
+        images = torch.cat([to_images(self.vae.decode(part)) for part in parts]).cpu().numpy()
         save_png(contact_sheet(images, labels.tolist(), names), self.run / "previews" / f"{self.images_seen:09d}.png")
 
 
@@ -238,7 +248,7 @@ class _Window:
             raise FloatingPointError(
                 f"train: the loss ({loss}) or its gradient's norm ({norm}) is not finite in the {self.steps} steps up"
                 f" to step {step}: lower train.lr, or use train.precision=bf16 for fp16; the same command goes on from"
-                " the last checkpoint, which is good"
+                " the last checkpoint"
             )
 
     def close(self, step: int, batch_size: int, lr: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from data.folder import ImageFolder
 from data.solids import Solids
 from data.source import Source
+from data.storage import publish
 from pipeline.anchor import anchored_autoencoder
 from pipeline.vae import to_pixels
 
@@ -51,9 +53,12 @@ def train_vae(photos: Path, to: Path, *, steps: int, seed: int = 0) -> None:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            vae.save_pretrained(to)
             parts = [f"{name} {_report(vae, images)}" for name, images in (("solids", unseen), ("photos", held_out))]
             print(f"step {step + 1}/{steps}  {time.monotonic() - started:.0f} s  {'  '.join(parts)}", flush=True)
+    vae.register_to_config(scaling_factor=1 / _latent_std(vae, [unseen, held_out]))
+    weights = {name: weight.contiguous() for name, weight in vae.state_dict().items()}
+    publish(to / "diffusion_pytorch_model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
+    publish(to / "config.json", vae.to_json_string().encode())
 
 
 def measure(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
@@ -67,6 +72,14 @@ def measure(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
             errors.append(((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)))
             nats.append(posterior.kl().flatten() / posterior.mean[0].numel())
     return -10 * torch.cat(errors).mean().log10().item(), torch.cat(nats).mean().item()
+
+
+@torch.inference_mode()
+def _latent_std(vae: AutoencoderKL, sets: list[Tensor]) -> float:
+    """Standard deviation of the posterior's means over all channels and images: diffusers' scaling factor inverted."""
+    chunks = [chunk for images in sets for chunk in images.split(100)]
+    means = [vae.encode(to_pixels(chunk)).latent_dist.mode().flatten() for chunk in chunks]
+    return torch.cat(means).std().item()
 
 
 def _report(vae: AutoencoderKL, images: Tensor) -> str:

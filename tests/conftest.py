@@ -12,10 +12,11 @@ from data.cache import CacheWriter, LatentCache
 from data.manifest import Plan, VaeIdentity
 
 if TYPE_CHECKING:
-    from small_world import World
+    from tests.small_world import World
 
 # Before torch is imported, which this file leaves to the tests that need it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU a run can be repeated bit for bit
+os.environ["ACCELERATE_USE_CPU"] = "true"  # and not on an Apple GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: threads cost more than they bring
 
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: threads cost 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A data set, a tiny VAE and the outcome of all four stages."""
-    from small_world import build_world
+    from tests.small_world import build_world
 
     return build_world(tmp_path_factory.mktemp("world"))
 

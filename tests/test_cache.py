@@ -254,6 +254,24 @@ def test_a_cache_of_another_plan_is_refused_by_the_name_of_the_field(
     assert files(path) == before
 
 
+@pytest.mark.parametrize("change", [{"batch_size": 4}, {"data_source": "./somewhere"}], ids=["batch", "spelling"])
+def test_another_way_to_the_same_latents_continues_the_cache(
+    new_writer: Callable[..., CacheWriter], moments: Moments, change: dict[str, Any]
+) -> None:
+    write_shard(new_writer(), 0, moments)
+    assert new_writer(**change).pending() == [1, 2]
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(
+    new_writer: Callable[..., CacheWriter], path: Path
+) -> None:
+    (path / "cat").mkdir(parents=True)
+    (path / "cat" / "photo.png").write_bytes(b"dear to somebody")
+    with pytest.raises(ValueError, match="is no latent cache"):
+        new_writer()
+    assert (path / "cat" / "photo.png").read_bytes() == b"dear to somebody"
+
+
 def test_a_cache_without_any_image_is_refused(
     new_writer: Callable[..., CacheWriter], path: Path, moments: Moments
 ) -> None:

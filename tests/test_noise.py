@@ -8,11 +8,11 @@ import itertools
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from test_unet import CLASSES, scrambled
 from torch import Tensor
 
 from pipeline.noise import STEPS, NoiseProcess
 from pipeline.sampling import Denoise, draw, guided, image_generators, make_scheduler
+from tests.test_unet import CLASSES, scrambled
 
 DISCRETE = [NoiseProcess(schedule, target) for schedule in ("linear", "cosine") for target in ("epsilon", "v")]
 FLOW = NoiseProcess("flow", "flow")
@@ -225,3 +225,15 @@ def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> 
 def test_neighbouring_seeds_and_indices_share_no_noise() -> None:
     generators = [generator for seed in range(3) for generator in image_generators(seed, [0, 1, 2])]
     assert len({generator.initial_seed() for generator in generators}) == 9
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_euler_takes_equal_steps_and_none_is_wasted(steps: int) -> None:
+    times: list[float] = []
+
+    def denoise(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        times.append(timestep.item() / STEPS)
+        return torch.zeros_like(x)
+
+    sample(FLOW, "euler", denoise, steps, count=1, size=2)
+    assert times == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6)

@@ -18,12 +18,12 @@ import torch
 from click.testing import Result
 from diffusers import AutoencoderKL
 from PIL import Image
-from small_world import BROKEN, CLASSES, IMAGE_SIZE, World, make_images, make_vae, run_stage, succeed, tree
 
 from data.cache import LatentCache
 from data.storage import sha256_file
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.vae import to_images, to_pixels
+from tests.small_world import BROKEN, CLASSES, IMAGE_SIZE, World, make_images, make_vae, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("encode", "train", "sample", "decode")
@@ -260,6 +260,15 @@ def test_a_run_with_another_number_of_classes_is_refused(world: World, tmp_path:
     before = tree(world.run)
     refuse(run_stage("train", world.config, world.run, *overrides), "num_classes", "2", "3", "--run")
     assert tree(world.run) == before
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_anew(world: World, tmp_path: Path) -> None:
+    run = copy(world, tmp_path)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "model.safetensors").write_bytes(b"")
+    before = tree(run)
+    refuse(run_stage("train", world.config, run), str(run / "checkpoints"), "move the folder away")
+    assert tree(run) == before
 
 
 def test_a_class_that_is_not_there_is_refused(world: World) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_world import World, make_vae, run_stage, succeed, tree
-from test_unet import build, inputs, scramble, scrambled
 from torch import Tensor, nn
 
 from data.manifest import Manifest
@@ -22,6 +20,8 @@ from pipeline.objective import Draws, Normalization, coordinate_seed, diffusion_
 from pipeline.unet import LatentUNet
 from stages.config import Config, load_config
 from stages.train import Trainer, _decay_groups, build_model, train
+from tests.small_world import World, make_vae, run_stage, succeed, tree
+from tests.test_unet import build, inputs, scramble, scrambled
 
 FLOW = NoiseProcess("flow", "flow")
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def test_a_checkpoint_brings_back_weights_average_and_optimizer(tmp_path: Path) 
     assert (checkpoint.images_seen, passed_over) == (6, [])
     again = build(seed=1)
     its_ema, its_optimizer = Ema(again, halflife=16), torch.optim.AdamW(again.parameters(), lr=1e-2)
-    load_training_state(checkpoint, again, its_ema, its_optimizer, CPU)
+    load_training_state(checkpoint, again, its_ema, its_optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
         assert torch.equal(its_ema.state_dict()[name], ema.state_dict()[name])

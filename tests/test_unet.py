@@ -115,6 +115,13 @@ def test_timestep_and_class_change_the_prediction() -> None:
     assert (model(x, times, (classes + 1) % CLASSES).sample - here).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
+def test_without_labels_the_class_is_the_null_class() -> None:
+    model = scrambled()
+    x, times, _ = inputs()
+    null = torch.full((len(x),), model.null_class)
+    assert torch.equal(model(x, times).sample, model(x, times, null).sample)
+
+
 def test_the_null_class_is_a_row_of_its_own() -> None:
     model = scrambled()
     assert model.null_class == CLASSES

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from small_world import make_vae
 from torch import Tensor, nn
 
 from data.solids import render
 from pipeline.anchor import SIGMA, anchored_autoencoder
 from pipeline.vae import FrozenVae, to_images, to_pixels
+from tests.small_world import make_vae
 
 
 @pytest.fixture(scope="module")
