@@ -28,7 +28,6 @@ class Source(Protocol):
     keys: Sequence[str]
     labels: NDArray[np.int64]
     name: str
-    image_size: int
 
     def fingerprint(self) -> str:
         """A digest that changes when an image is added, removed, renamed or rewritten."""

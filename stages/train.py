@@ -83,6 +83,8 @@ class Trainer:
             world_size=accelerator.num_processes,
             device=self.device,
         )
+        where = f"held on {self.device}" if self.loader.resident else "read from disk"
+        accelerator.print(f"train: {len(cache):,} images in {len(self.manifest.classes)} classes, latents {where}")
         self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
         self.ema = Ema(self.model, config.train.ema_halflife)
         groups = _decay_groups(self.model, config)

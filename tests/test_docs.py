@@ -28,10 +28,9 @@ def test_the_cache_is_read_by_the_lines_of_its_page(
     names: dict[str, np.ndarray] = {}
     exec(_block("docs/cache-format.md", "python"), names)
     moments, channels = cache.read(np.arange(len(cache)))[:, 0], cache.manifest.latent_channels
-    np.testing.assert_array_equal(names["mean"][cache.rows], moments[:, :channels])
-    np.testing.assert_array_equal(names["std"][cache.rows], moments[:, channels:])
-    np.testing.assert_array_equal(names["labels"][cache.rows], cache.labels)
-    assert (names["labels"] == -1).sum() == cache.manifest.failed
+    np.testing.assert_array_equal(names["mean"], moments[:, :channels])
+    np.testing.assert_array_equal(names["std"], moments[:, channels:])
+    np.testing.assert_array_equal(names["labels"], cache.labels)
 
 
 def test_the_readme_lists_every_module_and_no_other() -> None:
