@@ -105,10 +105,7 @@ class CacheWriter:
         labels[[failure.row for shard in shards for failure in shard.failures]] = -1
         for name, payload in _metadata(self.plan, labels).items():
             publish(self.path / _GROUP / name, payload)
-        lines = (
-            json.dumps({"row": row, "key": printable(key), "label": int(labels[row])})
-            for row, key in enumerate(self.keys)
-        )
+        lines = (json.dumps({"row": row, "key": key, "label": int(labels[row])}) for row, key in enumerate(self.keys))
         publish(self.path / _INDEX, "".join(line + "\n" for line in lines).encode())
         mean, std = _merge(shards)
         manifest = Manifest(
