@@ -44,11 +44,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
         yield staged
         for file in (f for f in staged.rglob("*") if f.is_file()):
             _sync(file)
-    except BaseException:
-        remove(staged)
-        raise
-    remove(path)
-    os.replace(staged, path)
+        remove(path)
+        os.replace(staged, path)
+    finally:
+        remove(staged)  # gone already, unless the block or the disk failed
     _sync_folder(path.parent)
 
 

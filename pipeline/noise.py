@@ -42,7 +42,7 @@ class NoiseProcess:
             sigma = times / STEPS
             alpha = 1 - sigma
         else:
-            alpha_bar = _alphas_cumprod(self.schedule).to(times.device)[times.long()]
+            alpha_bar = _alphas_cumprod(self.schedule, times.device)[times.long()]
             alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
@@ -67,6 +67,10 @@ def diffusers_schedule(schedule: str) -> str:
 
 
 @functools.cache
-def _alphas_cumprod(schedule: str) -> Tensor:
-    """Product of 1 - beta up to each step, `STEPS`: diffusers' own table, so that training and sampling agree."""
-    return DDPMScheduler(num_train_timesteps=STEPS, beta_schedule=diffusers_schedule(schedule)).alphas_cumprod
+def _alphas_cumprod(schedule: str, device: torch.device) -> Tensor:
+    """Product of 1 - beta up to each step, `STEPS`: diffusers' own table, so that training and sampling agree.
+
+    It stays on the device: a copy to a GPU in every step would wait for it.
+    """
+    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_schedule=diffusers_schedule(schedule))
+    return scheduler.alphas_cumprod.to(device)

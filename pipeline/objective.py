@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -35,8 +36,15 @@ class Normalization:
         return latents * std + mean
 
     def _columns(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = latents.new_tensor([self.mean, self.std])[:, :, None, None]
-        return mean, std
+        return _columns(tuple(self.mean), tuple(self.std), latents.device)
+
+
+@functools.cache
+def _columns(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as `C 1 1`, kept on the device: a copy to a GPU in every step would wait for it."""
+    with torch.inference_mode(False):
+        columns = torch.tensor([mean, std], device=device)[:, :, None, None]
+    return columns[0], columns[1]
 
 
 @dataclass(frozen=True)
