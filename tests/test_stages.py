@@ -262,6 +262,26 @@ def test_a_run_with_another_number_of_classes_is_refused(world: World, tmp_path:
     assert tree(world.run) == before
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "scheduler"), [("linear", "epsilon", "ddpm"), ("cosine", "v", "ddim")]
+)
+def test_the_discrete_schedules_go_all_the_way_to_images(
+    world: World, tmp_path: Path, schedule: str, prediction: str, scheduler: str
+) -> None:
+    overrides = (
+        f"noise.schedule={schedule}",
+        f"noise.prediction={prediction}",
+        f"sample.scheduler={scheduler}",
+        "model.bottleneck=resnet",
+    )
+    for stage in ("train", "sample", "decode"):
+        succeed(stage, world.config, tmp_path, *overrides)
+    (folder,) = (tmp_path / "samples").iterdir()
+    said = json.loads((folder / "samples.json").read_text())
+    assert (said["noise"]["schedule"], said["sample"]["scheduler"]) == (schedule, scheduler)
+    assert len(list((folder / "images").glob("*.png"))) == len(said["images"])
+
+
 def test_a_run_without_a_whole_checkpoint_is_not_started_anew(world: World, tmp_path: Path) -> None:
     run = copy(world, tmp_path)
     for folder in (run / "checkpoints").iterdir():
