@@ -8,8 +8,10 @@ Processes share a batch in equal, adjacent parts: the stream is the same for eve
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import psutil
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from data.cache import LatentCache
 
+WINDOW_ROWS = 65_536  # images that a streamed epoch shuffles together
+Item = TypeVar("Item")
 _SLICE = 4096  # rows copied at a time: all that is held twice
 
 
@@ -39,54 +43,138 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def batch_indices(count: int, *, seed: int, step: int, batch_size: int) -> NDArray[np.int64]:
-    """The images of the whole batch number `step`, over all processes."""
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
-    return np.concatenate([epoch_order(count, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+@functools.lru_cache(maxsize=2)
+def streamed_order(count: int, seed: int, epoch: int, shard_rows: int) -> NDArray[np.int64]:
+    """A permutation of `count` images that reads whole shards: shards in random order are laid end to end, and what
+    they hold is shuffled within windows of `WINDOW_ROWS` images.
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    shards = random.permutation(-(-count // shard_rows))
+    order = (shards[:, None] * shard_rows + np.arange(shard_rows)).ravel()
+    order = order[order < count]
+    for start in range(0, count, WINDOW_ROWS):
+        order[start : start + WINDOW_ROWS] = random.permutation(order[start : start + WINDOW_ROWS])
+    order.setflags(write=False)
+    return order
 
 
 class LatentLoader:
     """Reads batch number `step` of a cache for process `rank` of `world_size`.
 
-    A cache that fits into half of the free memory of `device` is held there, and a batch is one gather; a larger one
-    stays on disk, memory-mapped. `resident` says which.
+    `access` is where batches come from: `resident` on the device, in `memory`, `mapped` from disk, or `streamed` from
+    disk window by window, in an order of its own. `auto` takes the first of them for which there is room.
     """
 
     def __init__(
-        self, cache: LatentCache, *, seed: int, batch_size: int, rank: int, world_size: int, device: torch.device
+        self,
+        cache: LatentCache,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        access: str = "auto",
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"train.batch_size = {batch_size} is no multiple of the {world_size} processes")
         self.cache, self.seed, self.batch_size, self.device = cache, seed, batch_size, device
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.labels = torch.from_numpy(cache.labels).to(device)
-        self._moments = self._load(world_size)
-        self.resident = self._moments is not None
+        self.size = cache.manifest.committed * cache.manifest.row_bytes
+        self.access = _choose(self.size, device, world_size) if access == "auto" else access
+        held = {"resident": device, "memory": torch.device("cpu")}.get(self.access)
+        self._moments = None if held is None else self._load(held)
+        self._batches = _Ahead(self._read)
+        self._stretches = _Ahead(self._read_stretch)
+        self._stretch_steps = -(-WINDOW_ROWS // batch_size)
+
+    def describe(self) -> str:
+        """How latents are read, for people."""
+        size = f"{self.size / 1e9:.2f} GB of latents"
+        return {
+            "resident": f"{size} held on {self.device}",
+            "memory": f"{size} held in memory",
+            "mapped": f"{size} read from disk, memory-mapped",
+            "streamed": f"{size} streamed from disk, shuffled by shard and within {WINDOW_ROWS:,} images",
+        }[self.access]
 
     def batch(self, step: int) -> LatentBatch:
         """This process's part of batch number `step`."""
-        indices = batch_indices(len(self.cache), seed=self.seed, step=step, batch_size=self.batch_size)[self.part]
-        on_device = torch.from_numpy(indices).to(self.device)
-        if self._moments is not None:
-            moments = self._moments[on_device]
-        else:
-            moments = torch.from_numpy(self.cache.read(indices)).to(self.device)
-        return LatentBatch(indices, moments, self.labels[on_device])
+        if self.access == "resident":
+            return self._read(step)
+        return self._batches.get(step)
 
-    def _load(self, world_size: int) -> Tensor | None:
-        """All moments on the device, copied slice by slice; None when they take over half of its free memory."""
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """The images of this process's part of batch number `step`."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
+        epochs, places = np.divmod(positions, len(self.cache))
+        return np.concatenate([self.order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """All images in the order of epoch number `epoch`."""
+        if self.access == "streamed":
+            return streamed_order(len(self.cache), self.seed, epoch, self.cache.manifest.shard_rows)
+        return epoch_order(len(self.cache), self.seed, epoch)
+
+    def _read(self, step: int) -> LatentBatch:
+        indices = self.indices(step)
+        if self._moments is not None:
+            moments = self._moments[torch.from_numpy(indices).to(self._moments.device)]
+        elif self.access == "streamed":
+            stretch, place = divmod(step, self._stretch_steps)
+            moments = self._stretches.get(stretch)[place * len(indices) : (place + 1) * len(indices)]
+        else:
+            moments = torch.from_numpy(self.cache.read(indices))
+        on_device = torch.from_numpy(indices).to(self.device)
+        return LatentBatch(indices, moments.to(self.device), self.labels[on_device])
+
+    def _read_stretch(self, number: int) -> Tensor:
+        """This process's moments of the next steps, in their order; read from disk in the order in which they lie."""
+        first = number * self._stretch_steps
+        indices = np.concatenate([self.indices(step) for step in range(first, first + self._stretch_steps)])
+        lying = np.argsort(indices)
+        moments = torch.empty(
+            (len(indices), *self.cache.manifest.row_shape), dtype=getattr(torch, self.cache.manifest.dtype)
+        )
+        for start in range(0, len(indices), _SLICE):
+            part = lying[start : start + _SLICE]
+            moments[torch.from_numpy(part)] = torch.from_numpy(self.cache.read(indices[part]))
+        return moments
+
+    def _load(self, device: torch.device) -> Tensor:
+        """All moments on a device, copied slice by slice."""
         manifest = self.cache.manifest
-        shape = (len(self.cache), len(manifest.views), *manifest.shape)
-        dtype = getattr(torch, manifest.dtype)
-        sharing = 1 if self.device.type == "cuda" else world_size  # processes without a GPU of their own
-        if math.prod(shape) * dtype.itemsize * sharing > _free_memory(self.device) / 2:
-            return None
-        moments = torch.empty(shape, dtype=dtype, device=self.device)
-        for rows in np.array_split(np.arange(shape[0]), -(-shape[0] // _SLICE)):
+        shape = (len(self.cache), *manifest.row_shape)
+        moments = torch.empty(shape, dtype=getattr(torch, manifest.dtype), device=device)
+        for start in range(0, shape[0], _SLICE):
+            rows = np.arange(start, min(start + _SLICE, shape[0]))
             moments[rows[0] : rows[-1] + 1] = torch.from_numpy(self.cache.read(rows))
         return moments
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+class _Ahead(Generic[Item]):
+    """The items number n, n + 1, ... of a function; the next one is made in a thread while the last one is used."""
+
+    def __init__(self, make: Callable[[int], Item]) -> None:
+        self._make, self._thread = make, ThreadPoolExecutor(1)
+        self._items: dict[int, Future[Item]] = {}
+
+    def get(self, number: int) -> Item:
+        """Item `number`, and a start of the one after it."""
+        self._items = {n: self._items.get(n) or self._thread.submit(self._make, n) for n in (number, number + 1)}
+        return self._items[number].result()
+
+
+def _choose(size: int, device: torch.device, world_size: int) -> str:
+    """The first way of reading `size` bytes for which there is room: half of what is free, for each process."""
+    host = psutil.virtual_memory()
+    if device.type == "cuda":
+        if size <= torch.cuda.mem_get_info(device)[0] / 2:
+            return "resident"
+        here = "memory"
+    else:
+        here = "resident"
+    if size * world_size <= host.available / 2:
+        return here
+    return "mapped" if size <= host.total else "streamed"  # pages of a larger cache would not stay in memory

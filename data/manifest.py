@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from data.storage import publish_json
+from data.storage import publish, sha256_file
 
 MANIFEST = "manifest.json"
+_SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
+Model = TypeVar("Model", bound=BaseModel)
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VaeIdentity(_Record):
@@ -21,10 +28,10 @@ class VaeIdentity(_Record):
 
     source: str
     class_name: str
-    weights_sha256: str
+    weights_sha256: Digest
     scaling_factor: float
     shift_factor: float
-    downsampling: int  # pixels to one latent position, along each side
+    downsampling: PositiveInt  # pixels to one latent position, along each side
     input_range: tuple[float, float] = (-1.0, 1.0)
 
 
@@ -32,18 +39,19 @@ class Plan(_Record):
     """All that is known before the first latent is written. Two encodes with one plan write the same bytes."""
 
     format_version: Literal[1] = 1
-    format: Literal["zarr"] = "zarr"
+    format: Literal["zarr", "webdataset"] = "zarr"
     store: Literal["moments", "mean"]  # mean and std of the posterior, or the mean alone
     dtype: Literal["float16", "float32"]
-    views: tuple[Literal["identity", "flip"], ...]
-    shape: tuple[int, int, int]  # channels (2C for moments), h, w
-    rows: int
-    shard_rows: int
-    batch_size: int
+    views: tuple[Literal["identity", "flip"], ...] = Field(min_length=1)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels (2C for moments), h, w
+    rows: PositiveInt
+    shard_rows: PositiveInt
+    batch_size: PositiveInt
     classes: tuple[str, ...]
     data_source: str
-    data_fingerprint: str
-    image_size: int
+    data_fingerprint: Digest
+    data_bytes: NonNegativeInt  # of all image files; 0 where images are drawn
+    image_size: PositiveInt
     preprocessing: str
     vae: VaeIdentity
 
@@ -51,44 +59,120 @@ class Plan(_Record):
     def latent_channels(self) -> int:
         return self.shape[0] // 2 if self.store == "moments" else self.shape[0]
 
+    @property
+    def row_shape(self) -> tuple[int, int, int, int]:
+        """V 2C h w."""
+        return (len(self.views), *self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * (2 if self.dtype == "float16" else 4)
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        """The rows that shard number `shard` holds."""
+        start = shard * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.rows))
+
 
 class Failure(_Record):
     """An image that has no latents, and why."""
 
-    row: int
+    row: NonNegativeInt
     key: str
     reason: str
 
 
-class Shard(_Record):
-    """`rows` rows from `start` on, in one file; the sums are over the C latent channels of its committed rows."""
+class File(_Record):
+    """A file of the cache, by its name in the cache's folder."""
 
     file: str
-    start: int
-    rows: int
-    size: int
-    sha256: str
-    values: int  # values a channel in the sums
+    size: NonNegativeInt
+    sha256: Digest
+
+    @classmethod
+    def of(cls, name: str, payload: bytes) -> Self:
+        return cls(file=name, size=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+
+    def size_problem(self, folder: Path) -> str | None:
+        """What is wrong with the size of the file in `folder`; None when nothing is."""
+        where = folder / self.file
+        if not where.is_file():
+            return "missing"
+        size = where.stat().st_size
+        return None if size == self.size else f"{size} bytes, the manifest says {self.size}"
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file in `folder`, all of which is read; None when it is what was written."""
+        if sized := self.size_problem(folder):
+            return sized
+        same = sha256_file(folder / self.file) == self.sha256
+        return None if same else "damaged: its SHA-256 is not the manifest's"
+
+
+class Shard(File):
+    """One file of latents; the sums are over the C latent channels of its committed rows."""
+
+    rows: PositiveInt
+    failed: NonNegativeInt
+    values: NonNegativeInt  # values a channel in the sums
     total: tuple[float, ...]
     squares: tuple[float, ...]  # sum of mean^2 + std^2: the second moment of latents drawn from the posterior
+
+
+class ShardRecord(_Record):
+    """What the writer keeps of a finished shard until the manifest is assembled."""
+
+    shard: Shard
+    failures: tuple[Failure, ...]
+
+
+class KeptShard(_Record):
+    """What stays of a shard that is written anew: its `rows`, from their `places` in `file`, and its `failures`."""
+
+    file: File
+    rows: tuple[int, ...]
+    places: tuple[int, ...]
     failures: tuple[Failure, ...]
 
 
 class Manifest(Plan):
     """A finished cache: the plan, what came of it, and the full set's mean and standard deviation a channel."""
 
-    committed: int
-    failed: int
+    committed: PositiveInt
+    failed: NonNegativeInt
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shards: tuple[Shard, ...]
+    files: tuple[File, ...]  # all others
 
-    @property
-    def failures(self) -> list[Failure]:
-        return [failure for shard in self.shards for failure in shard.failures]
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        shards = self.shards
+        rules = {
+            "rows = committed + failed": self.rows == self.committed + self.failed,
+            "failed = the failures of all shards": self.failed == sum(shard.failed for shard in shards),
+            "shards cover all rows": [s.rows for s in shards] == [len(self.rows_of(i)) for i in range(len(shards))]
+            and len(shards) == self.shard_count,
+            "one mean and one std a latent channel": len(self.mean) == len(self.std) == self.latent_channels,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"it contradicts itself: {rule}")
+        return self
+
+    def plan(self) -> Plan:
+        """What the cache was asked to be."""
+        return Plan(**{name: getattr(self, name) for name in Plan.model_fields})
 
     def save(self, cache: Path) -> None:
-        publish_json(cache / MANIFEST, self.model_dump(mode="json"))
+        """Publish the manifest; its last field is the SHA-256 of all that stands before it."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2).encode().removesuffix(b"\n}")
+        seal = f',\n  "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
+        publish(cache / MANIFEST, text + seal.encode())
 
     @classmethod
     def load(cls, cache: Path) -> Manifest:
@@ -97,12 +181,25 @@ class Manifest(Plan):
         if not file.is_file():
             hint = "it is not finished: run encode again" if cache.is_dir() else "run encode first"
             raise ValueError(f"cache.path: no latent cache at {cache}: {hint}")
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{file}: {field}: {first['msg']}: not a manifest of format version 1") from None
+        payload = file.read_bytes()
+        seal = _SEAL.search(payload)
+        text = payload[: seal.start()] if seal else payload
+        manifest = parse(cls, text + b"\n}" if seal else text, file)
+        if not seal or hashlib.sha256(text).hexdigest().encode() != seal.group(1):
+            raise ValueError(f"{file}: damaged or edited: its SHA-256 is not the one it ends with; encode again")
+        return manifest
+
+
+def parse(model: type[Model], text: bytes, file: Path) -> Model:
+    """`text`, which `file` holds, as a `model`; ValueError names the file and the field."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        what = f"{model.__name__.lower()} of format version 1"
+        raise ValueError(f"{file}: {field + ': ' if field else ''}{message}: not a {what}") from None
 
 
 def first_difference(expected: BaseModel, found: BaseModel, *, ignored: set[str]) -> tuple[str, Any, Any] | None:

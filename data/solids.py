@@ -129,6 +129,9 @@ class Solids:
         self.classes = CLASSES
         self.labels = label(np.arange(count, dtype=np.int64))
         self.keys: Sequence[str] = [f"{CLASSES[kind]}/{i:06d}" for i, kind in enumerate(self.labels)]
+        self.stamps: Sequence[str] = [f"solids {VERSION} seed={seed}"] * count
+        self.size = 0  # there are no files
+        self.preprocessing = f"drawn at {image_size}x{image_size} pixels"
 
     def fingerprint(self) -> str:
         return digest([f"solids {VERSION} seed={self.seed} count={len(self.keys)} size={self.image_size}"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+_IDENTITY = (  # what file systems call the size, the time and the hash of a file, and where in it an image lies
+    *("size", "mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "crc32c", "blob_id"),
+    *("CRC", "date_time", "offset", "row"),
+)
 
 
 @dataclass
@@ -24,13 +28,16 @@ class Batch:
 class Source(Protocol):
     """A labelled image data set; image i has the key `keys[i]` and the class `classes[labels[i]]`."""
 
+    name: str
     classes: tuple[str, ...]
     keys: Sequence[str]
     labels: NDArray[np.int64]
-    name: str
+    stamps: Sequence[str]  # one an image, changes when its bytes do; empty strings where there are no files
+    size: int  # bytes of all image files; 0 where there are none
+    preprocessing: str
 
     def fingerprint(self) -> str:
-        """A digest that changes when an image is added, removed, renamed or rewritten."""
+        """A digest that changes when an image is added, removed, renamed, rewritten or given another class."""
         ...
 
     def load(self, indices: Sequence[int]) -> Batch:
@@ -51,14 +58,19 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def open_source(source: str, *, image_size: int, count: int, seed: int) -> Source:
-    """The data set that `data.source` names: `solids` or a folder of class folders.
+def stamp(info: Mapping[str, Any]) -> str:
+    """A short digest of what distinguishes a file from its next version, of a file system's `info` about it."""
+    return digest(f"{name}={info[name]}" for name in _IDENTITY if info.get(name) is not None)[:16]
 
-    `count` and `seed` describe the solids alone; a folder has its own.
+
+def open_source(source: str, *, image_size: int, count: int, seed: int, matte: str) -> Source:
+    """The data set that `data.source` names: `solids`, or image files in a folder or in archives, here or at a URL.
+
+    `count` and `seed` describe the solids alone; files have their own. `matte` is the colour behind transparent ones.
     """
-    from data.folder import ImageFolder
+    from data.files import ImageFiles
     from data.solids import Solids
 
     if source == "solids":
         return Solids(count=count, seed=seed, image_size=image_size)
-    return ImageFolder(Path(source), image_size=image_size)
+    return ImageFiles(source, image_size=image_size, matte=matte)

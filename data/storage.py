@@ -1,11 +1,19 @@
-"""Every write, rename and delete of the project: nothing is readable under its final name before it is complete."""
+"""Every write, flush, rename, delete and lock of the project: nothing is readable under its final name before it is
+complete.
+
+A crash or a full disk at any operation leaves what was there before; the next run overwrites what was left staged.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +23,24 @@ _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks 
 
 
 def publish(path: Path, payload: bytes) -> None:
-    """Write `payload` under `path`: all of it or, after a crash at any point, what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `payload` under `path`: all of it or, after a crash at any point, what was there before.
+
+    One writer a path at a time. OSError, with the path, when the disk is full or refuses.
+    """
+    make_folder(path.parent)
     staged = path.with_name(_STAGED + path.name)
-    with open(staged, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-    _sync_folder(path.parent)
+    try:
+        with open(staged, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the first error is the one to tell; a full disk wants its room back
+            os.unlink(staged)
+        reason = f"{error.strerror or error} (while writing; what was finished stays, the same command goes on)"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def publish_json(path: Path, value: Any) -> None:
@@ -39,7 +56,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """
     staged = path.with_name(_STAGED + path.name)
     remove(staged)
-    staged.mkdir(parents=True)
+    make_folder(staged)
     try:
         yield staged
         for file in (f for f in staged.rglob("*") if f.is_file()):
@@ -57,18 +74,88 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, where they are missing."""
+    os.makedirs(path, exist_ok=True)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds; one that is not there is fine."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        for folder, folders, files in os.walk(path, topdown=False):
+            for name in files:
+                os.unlink(os.path.join(folder, name))
+            for name in folders:
+                inner = os.path.join(folder, name)
+                os.unlink(inner) if os.path.islink(inner) else os.rmdir(inner)
+        os.rmdir(path)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def probe(folder: Path, field: str) -> None:
+    """ValueError, naming the config's `field`, when nothing can be written to `folder`: asked before long work."""
+    file = folder / f"{_STAGED}probe"
+    try:
+        make_folder(folder)
+        with open(file, "wb"):
+            pass
+        os.unlink(file)
+    except OSError as error:
+        raise ValueError(f"{field}: cannot write to {folder}: {error.strerror}") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written to `folder`, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def claim(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock `file`, which the kernel frees when the process ends, however it ends.
+
+    Held by another process, it is waited for or, without `wait`, a ValueError names that process; `what` says what
+    is being done. Locks are advisory (flock): on a file system without them, OSError says so.
+    """
+    make_folder(file.parent)
+    while True:
+        with open(file, "a+", encoding="utf-8") as handle:
+            if not _try_lock(handle.fileno(), wait=wait):
+                handle.seek(0)
+                raise ValueError(f"{file.parent.parent}: {handle.read() or 'another process'} is at work on it")
+            if os.fstat(handle.fileno()).st_nlink == 0:  # its last holder deleted it between our open and our lock
+                continue
+            handle.truncate(0)
+            handle.write(f"{what}, process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')},")
+            handle.flush()
+            yield
+            return
+
+
+def holder(file: Path) -> str | None:
+    """Who holds the lock `file`; None when nobody does."""
+    try:
+        with open(file, "r+", encoding="utf-8") as handle:
+            return None if _try_lock(handle.fileno(), wait=False) else handle.read() or "another process"
+    except FileNotFoundError:
+        return None
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _try_lock(handle: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync(file: Path) -> None:

@@ -61,13 +61,55 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
     return _errors_in_one_line(config(wrapped))
 
 
-@main.command()
-@_stage
-def encode(config: Any, run: Path) -> None:
-    """Run the VAE's encoder over the images once and write the latent cache."""
-    from stages.encode import encode
+_cache_option = click.option("--cache", type=click.Path(path_type=Path), help="A cache other than the config's.")
 
-    encode(config)
+
+@main.command()
+@click.option("--job", metavar="I/N", help="Write the I-th of N shares alone, such as 3/16: one job of a SLURM array.")
+@click.option("--extend", is_flag=True, help="Add the images that are new in the data set.")
+@click.option("--retry-failed", is_flag=True, help="Read those images again that could not be read.")
+@click.option("--max-failures", type=click.IntRange(min=0), help="Short for --set cache.max_failures=N.")
+@_stage
+def encode(config: Any, run: Path, job: str | None, max_failures: int | None, **kwargs: bool) -> None:
+    """Run the VAE's encoder over the images once and write the latent cache."""
+    from stages.encode import encode, parse_job
+
+    if max_failures is not None:
+        config = config.model_copy(update={"cache": config.cache.model_copy(update={"max_failures": max_failures})})
+    encode(config, parse_job(job), **kwargs)
+
+
+@main.command()
+@click.option("--repair", is_flag=True, help="Encode the damaged shards again.")
+@_cache_option
+@_stage
+def verify(config: Any, run: Path, cache: Path | None, repair: bool) -> None:
+    """Compare every file of the cache with its SHA-256 and name those that are missing or damaged."""
+    from stages.verify import verify
+
+    verify(config, cache, repair=repair)
+
+
+@main.command()
+@_cache_option
+@_stage
+def info(config: Any, run: Path, cache: Path | None) -> None:
+    """Say what the cache holds, and draw some of its latents beside their images."""
+    from stages.info import info
+
+    info(config, cache)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "format_", type=click.Choice(["zarr", "webdataset"]), help="[default: the other one]")
+@_errors_in_one_line
+def convert(source: Path, target: Path, format_: str | None) -> None:
+    """Write the cache SOURCE in the other format to TARGET, with the same latents."""
+    from stages.convert import convert
+
+    convert(source, target, format_)
 
 
 @main.command()

@@ -27,12 +27,13 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """The images: a folder with one folder per class, or `solids`, which are drawn from a seed."""
+    """The images: a folder, archives or a URL (docs/data.md), or `solids`, which are drawn from a seed."""
 
     source: str = "solids"
     image_size: PositiveInt = 64
     count: PositiveInt = 6_000  # of solids; a folder has as many as it has
     seed: NonNegativeInt = 0  # of solids
+    matte: str = Field("white", pattern="^([a-z]+|#[0-9a-fA-F]{6})$")  # colour behind transparent images
 
 
 class Vae(Section):
@@ -45,12 +46,13 @@ class Cache(Section):
     """Where and how latents are kept."""
 
     path: Path = Path("caches/solids")
-    format: Literal["zarr"] = "zarr"
+    format: Literal["zarr", "webdataset"] = "zarr"
     store: Literal["moments", "mean"] = "moments"
     dtype: Literal["float16", "float32"] = "float16"
     flip: bool = True  # also keep the latents of the mirrored image: a latent itself cannot be mirrored
     batch_size: PositiveInt = 64
     workers: NonNegativeInt = 2  # processes that read images ahead of the VAE
+    max_failures: NonNegativeInt = 100  # images that may be unreadable before encode gives up
 
 
 class Model(Section):
@@ -92,6 +94,8 @@ class Train(Section):
     weight_decay: NonNegativeFloat = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
+    normalization: Literal["cache", "vae"] = "cache"  # by the full set's mean and std, or the VAE's scaling factor
+    access: Literal["auto", "resident", "memory", "mapped", "streamed"] = "auto"  # see docs/training.md
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)  # share of labels replaced by the null class
     ema_halflife: PositiveInt = 2_000
     precision: Literal["no", "bf16", "fp16"] = "no"

@@ -8,9 +8,9 @@ import torch
 
 
 def pick_device() -> torch.device:
-    """The first GPU, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for the CPU, as it does in training."""
+    """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,39 +15,67 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.cache import SHARD_ROWS, CacheWriter
-from data.folder import PREPROCESSING
-from data.manifest import Manifest, Plan
+from data.cache import FAILURES, FORMATS, SHARD_ROWS
+from data.manifest import Failure, Manifest, Plan
+from data.rows import Rows
 from data.source import Batch, Source, open_source
+from data.storage import free_bytes, probe
+from data.writer import CacheWriter, Job, existing_plan
 from pipeline.vae import FrozenVae, to_pixels
 from stages.config import Config
 from stages.device import pick_device
 
+ESTIMATE_AFTER = 8  # batches, the first of which warm up
 
-def encode(config: Config) -> Manifest:
-    """Write the cache that `config` describes, or what is missing of it."""
-    source = open_source(
-        config.data.source, image_size=config.data.image_size, count=config.data.count, seed=config.data.seed
-    )
+
+def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool = False) -> None:
+    """Write the cache that `config` describes, or what is missing of it: this job's share of the shards.
+
+    `extend` adds images that came to the data set, `retry_failed` reads those again that could not be read.
+    """
+    if job.jobs > 1 and (extend or retry_failed):
+        raise ValueError("--extend and --retry-failed change what is there: give them without --job and NPROC")
+    source = open_config_source(config)
     vae = FrozenVae(config.vae.source, pick_device())
-    writer = CacheWriter(config.cache.path, make_plan(config, source, vae), source.keys, source.labels)
-    if writer.done:
+    plan, rows = plan_rows(config, source, vae, extend=extend)
+    writer = CacheWriter(config.cache.path, plan, rows, job, extend=extend)
+    if writer.done and not retry_failed:
         print(f"encode: all done: {config.cache.path}")
-        return writer.finish()
-    pending = writer.pending()
-    rows = sum(len(writer.rows_of(shard)) for shard in pending)
-    print(f"encode: {rows:,} of {len(source.keys):,} images of {source.name} to encode on {vae.device}")
-    started = time.monotonic()
-    with tqdm(total=rows, unit=" images", desc="encode", mininterval=1) as bar:
-        for shard, moments, failures in _encode_shards(writer, pending, source, vae, config, bar):
-            writer.write(shard, moments, failures)
-    manifest = writer.finish()
-    _report(manifest, config.cache.path, rows / (time.monotonic() - started))
-    return manifest
+        return
+    probe(config.cache.path, "cache.path")
+    with writer.claimed():
+        if retry_failed:
+            writer.redo([failure.row for failure in writer.failures()])
+        encode_pending(writer, source, vae, config)
 
 
-def make_plan(config: Config, source: Source, vae: FrozenVae) -> Plan:
-    """What the manifest pins, before anything is encoded."""
+def open_config_source(config: Config) -> Source:
+    """The data set of `config.data`."""
+    settings = config.data
+    return open_source(
+        settings.source, image_size=settings.image_size, count=settings.count, seed=settings.seed, matte=settings.matte
+    )
+
+
+def plan_rows(config: Config, source: Source, vae: FrozenVae, *, extend: bool) -> tuple[Plan, Rows]:
+    """What the manifest pins and which image each row is, before anything is encoded.
+
+    ValueError when the images of the cache that is there are not those of `source`.
+    """
+    path = config.cache.path
+    found, rows = existing_plan(path), Rows.of(source)
+    if found:
+        rows, lost = Rows.aligned(source, path, found.classes)
+        added = len(rows.keys) - found.rows
+        if lost or (added and not extend):
+            change = " and ".join(part for part in (lost, f"{added:,} new" if added else "") if part)
+            remedy = "encode into another cache.path" if lost else "--extend encodes the new ones"
+            raise ValueError(f"{path}: the data set {source.name} has changed since the encode: {change}: {remedy}")
+    return make_plan(config, source, rows, vae), rows
+
+
+def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Plan:
+    """The plan of a cache of `rows` of `source`."""
     if config.data.image_size % vae.downsampling:
         raise ValueError(
             f"data.image_size = {config.data.image_size}: this VAE turns {vae.downsampling}x{vae.downsampling} pixels"
@@ -53,70 +84,177 @@ def make_plan(config: Config, source: Source, vae: FrozenVae) -> Plan:
     side = config.data.image_size // vae.downsampling
     channels = vae.model.config["latent_channels"]
     return Plan(
+        format=config.cache.format,
         store=config.cache.store,
         dtype=config.cache.dtype,
         views=("identity", "flip") if config.cache.flip else ("identity",),
         shape=(2 * channels if config.cache.store == "moments" else channels, side, side),
-        rows=len(source.keys),
+        rows=len(rows.keys),
         shard_rows=SHARD_ROWS,
         batch_size=config.cache.batch_size,
-        classes=source.classes,
+        classes=rows.classes,
         data_source=source.name,
         data_fingerprint=source.fingerprint(),
+        data_bytes=source.size,
         image_size=config.data.image_size,
-        preprocessing=PREPROCESSING,
+        preprocessing=source.preprocessing,
         vae=vae.identity(),
     )
+
+
+def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: Config) -> None:
+    """Encode the shards that `writer` lacks, then finish the cache if no other job's shards are missing."""
+    pending = writer.pending()
+    work = [_Work(shard, rows) for shard in pending for rows in _batches(writer, shard, config.cache.batch_size)]
+    images = sum(len(part.rows) for part in work)
+    print(f"encode: {images:,} of {writer.plan.rows:,} images of {source.name} to encode on {vae.device}")
+    _check_room(writer, pending)
+    failed, started = writer.failures(), time.monotonic()
+    with (
+        tqdm(total=images, unit=" images", desc="encode", mininterval=1) as bar,
+        ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE is at the next one
+    ):
+        published: Future[list[Failure]] | None = None
+        for shard, moments, failures in _encode_shards(work, writer, source, vae, config, bar):
+            if published:
+                failed += published.result()
+            _check_failures(failed, writer, config)
+            published = publisher.submit(writer.write, shard, moments, failures)
+        if published:
+            failed += published.result()
+        _check_failures(failed, writer, config)
+    manifest = writer.finish()
+    rate = images / (time.monotonic() - started)
+    if manifest:
+        _report(manifest, config.cache.path, failed, rate)
+    else:
+        print(f"encode: job {writer.job}: its shards are done, {rate:.0f} images/s; the last job writes the manifest")
+
+
+class _Work(NamedTuple):
+    """A batch of rows of one shard."""
+
+    shard: int
+    rows: NDArray[np.int64]
 
 
 class _Batches(Dataset[Batch]):
     """Item i is the i-th batch of images; a worker process reads it ahead of the VAE."""
 
-    def __init__(self, source: Source, batches: list[range]) -> None:
+    def __init__(self, source: Source, batches: Sequence[NDArray[np.int64]]) -> None:
         self.source, self.batches = source, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.source.load(self.batches[index])
+        return self.source.load(self.batches[index].tolist())
+
+
+def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """Batches start anew with each shard, so a shard's bytes do not depend on which shards a process encodes."""
+    rows = writer.rows_to_encode(shard)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _encode_shards(
-    writer: CacheWriter, shards: list[int], source: Source, vae: FrozenVae, config: Config, bar: tqdm
+    work: list[_Work], writer: CacheWriter, source: Source, vae: FrozenVae, config: Config, bar: tqdm
 ) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str]]]:
-    """Shard number, moments `rows V 2C h w` and failures, in turn.
-
-    Batches start anew with each shard, so a shard's bytes do not depend on which shards this process encodes.
-    """
-    size = config.cache.batch_size
-    batches = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in map(writer.rows_of, shards)]
-    dataset = _Batches(source, [batch for group in batches for batch in group])
+    """Number, moments `rows V 2C h w` and failures of every shard, in turn."""
+    dataset = _Batches(source, [writer.rows.order[part.rows] for part in work])
     loader = iter(DataLoader(dataset, batch_size=None, num_workers=config.cache.workers))
-    for shard, group in zip(shards, batches, strict=True):
-        moments: list[NDArray[np.floating]] = []
-        failures: dict[int, str] = {}
-        for _ in group:
-            batch: Batch = next(loader)
-            moments.append(_encode_batch(vae, batch, writer.plan))
-            failures |= batch.failures
-            bar.update(len(batch.indices))
-        yield shard, np.concatenate(moments), failures
+    moments: list[torch.Tensor] = []
+    failures: dict[int, str] = {}
+    started = time.monotonic()
+    for number, part in enumerate(work):
+        batch = _next_batch(loader)
+        moments.append(_encode_batch(vae, batch, writer.plan))
+        row_of = dict(zip(batch.indices.tolist(), part.rows.tolist(), strict=True))
+        failures |= {row_of[index]: reason for index, reason in batch.failures.items()}
+        bar.update(len(part.rows))
+        if number == 0:
+            started = time.monotonic()
+        elif number == ESTIMATE_AFTER:
+            left = (len(work) - number) * (time.monotonic() - started) / number
+            tqdm.write(f"encode: about {_duration(left)} left")
+        if number + 1 == len(work) or work[number + 1].shard != part.shard:
+            yield part.shard, torch.cat(moments).cpu().numpy(), failures
+            moments, failures = [], {}
 
 
-def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> NDArray[np.floating]:
-    """Moments `n V 2C h w` of a batch, the views in the order of the plan."""
-    pixels = to_pixels(torch.as_tensor(batch.pixels).to(vae.device))
+def _next_batch(loader: Iterator[Batch]) -> Batch:
+    try:
+        return next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            "a process that reads images was killed, perhaps for want of memory: lower cache.workers or"
+            " cache.batch_size; the same command goes on"
+        ) from error
+
+
+def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> torch.Tensor:
+    """Moments `n V 2C h w` of a batch, on the device, the views in the order of the plan.
+
+    A short batch is filled up: kernels chosen for another shape may round differently.
+    """
+    count = len(batch.indices)
+    images = np.concatenate([batch.pixels, np.zeros((plan.batch_size - count, *batch.pixels.shape[1:]), np.uint8)])
+    pixels = to_pixels(torch.from_numpy(images).to(vae.device))
     views = [vae.encode(pixels if view == "identity" else pixels.flip(-1)) for view in plan.views]
-    moments = torch.stack(views, dim=1)
-    return moments[:, :, : plan.shape[0]].cpu().numpy()
+    return torch.stack(views, dim=1)[:count, :, : plan.shape[0]]
 
 
-def _report(manifest: Manifest, path: Path, rate: float) -> None:
-    size = sum(shard.size for shard in manifest.shards) / 1e6
+def _check_room(writer: CacheWriter, shards: list[int]) -> None:
+    """Say how many bytes the shards will take; ValueError when the disk has no room for them."""
+    plan = writer.plan
+    size = sum(FORMATS[plan.format].shard_size(plan, len(plan.rows_of(shard))) for shard in shards)
+    free = free_bytes(writer.path)
+    print(f"encode: {human_bytes(size)} in {len(shards):,} shards to write, {human_bytes(free)} free on the disk")
+    if size > free:
+        raise ValueError(
+            f"cache.path: {writer.path}: {human_bytes(size)} are needed and {human_bytes(free)} are free:"
+            " choose another disk, or cache.store=mean or cache.flip=false, which take half of it each"
+        )
+
+
+def _check_failures(failed: list[Failure], writer: CacheWriter, config: Config) -> None:
+    limit = config.cache.max_failures
+    if len(failed) > limit:
+        writer.write_failures()
+        raise ValueError(
+            f"{len(failed):,} images could not be read, more than cache.max_failures = {limit}: the first is"
+            f" {failed[0].key}: {failed[0].reason}; all are listed in {writer.path / FAILURES}. What was encoded stays:"
+            " mend them and give --retry-failed, or raise --max-failures"
+        )
+
+
+def _report(manifest: Manifest, path: Path, failed: list[Failure], rate: float) -> None:
+    size = sum(shard.size for shard in manifest.shards)
     classes = len(manifest.classes)
-    print(f"encode: {manifest.committed:,} images in {classes} classes, {size:.1f} MB in {path}, {rate:.0f} images/s")
-    if manifest.failed:
-        first = manifest.failures[0]
-        print(f"encode: {manifest.failed:,} images could not be read, listed in {path}/manifest.json; the first:")
-        print(f"encode: {first.key}: {first.reason}")
+    counts = f"{manifest.committed:,} committed + {manifest.failed:,} failed = {manifest.rows:,} listed"
+    print(f"encode: {counts} images in {classes} classes, {human_bytes(size)} in {path}, {rate:.0f} images/s")
+    if failed:
+        print(f"encode: {manifest.failed:,} images could not be read, listed in {path / FAILURES}; the first:")
+        print(f"encode: {failed[0].key}: {failed[0].reason}")
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def parse_job(text: str | None) -> Job:
+    """The job that `--job 3/16` asks for; without it, the share of this process if a launcher started several."""
+    if text is None:
+        return Job(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    number, _, jobs = text.partition("/")
+    if not (number.isdecimal() and jobs.isdecimal() and 1 <= int(number) <= int(jobs)):
+        raise ValueError(f"--job {text}: give I/N with 1 <= I <= N, such as 3/16")
+    return Job(int(number) - 1, int(jobs))

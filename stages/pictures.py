@@ -36,6 +36,25 @@ def contact_sheet(images: NDArray[np.uint8], labels: Sequence[int], names: Seque
     return sheet
 
 
+def pairs_sheet(above: NDArray[np.uint8], below: NDArray[np.uint8], captions: Sequence[str]) -> Image.Image:
+    """Two images in each place, one above the other with a caption beneath, eight places a line; both are `N H W 3`."""
+    scale = max(1, -(-2 * _MIN_TILE // above.shape[1]))
+    tile = above.shape[1] * scale
+    width, height = tile + 3 * _GAP, 2 * tile + 24
+    columns = min(8, len(above))
+    sheet = Image.new("RGB", (columns * width, -(-len(above) // columns) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for number, (pair, caption) in enumerate(zip(zip(above, below, strict=True), captions, strict=True)):
+        left, top = number % columns * width, number // columns * height
+        for line, image in enumerate(pair):
+            enlarged = Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + line * tile))
+        while font.getlength(caption) > tile and " " in caption:  # a long name of a class gives way to the figure
+            caption = caption.split(" ", 1)[1]
+        pen.text((left + 2, top + 2 * tile + 3), caption, fill="black", font=font)
+    return sheet
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Publish `image` as PNG."""
     buffer = io.BytesIO()

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cache import SHARD_ROWS, CacheWriter
+from data.cache import FAILURES, SHARD_ROWS
 from data.manifest import Plan, VaeIdentity
+from data.rows import Rows
 from data.source import digest
 from data.storage import publish_json
+from data.writer import CacheWriter
 from pipeline.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization
@@ -35,17 +37,18 @@ def sample(config: Config, run: Path) -> Path:
     folder = sample_folder(config, run, checkpoint)
     names = checkpoint.state["classes"]
     keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
-    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), keys, labels)
+    rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
+    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows)
     if writer.done:
         print(f"sample: all done: {folder}")
         return folder
-    _draw_missing(config, checkpoint, writer, labels)
-    publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
-    manifest = writer.finish()
+    with writer.claimed():
+        _draw_missing(config, checkpoint, writer, labels)
+        publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
+        manifest = writer.finish()
+    assert manifest  # there is one job
     if manifest.failed:
-        print(
-            f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {folder}/manifest.json"
-        )
+        print(f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {folder / FAILURES}")
     return folder
 
 
@@ -85,12 +88,12 @@ def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, l
     device = pick_device()
     model = checkpoint.ema_model().to(device)
     pending = writer.pending()
-    rows = sum(len(writer.rows_of(shard)) for shard in pending)
+    rows = sum(len(writer.plan.rows_of(shard)) for shard in pending)
     started = time.monotonic()
     with tqdm(total=rows, unit=" images", desc="sample", mininterval=1) as bar:
         for shard in pending:
             parts = []
-            for batch in _batches(writer.rows_of(shard), config.sample.batch_size):
+            for batch in _batches(writer.plan.rows_of(shard), config.sample.batch_size):
                 parts.append(_draw_batch(config.sample, checkpoint, model, device, batch, labels))
                 bar.update(len(batch))
             writer.write(shard, torch.cat(parts)[:, None].cpu().numpy(), {})
@@ -136,6 +139,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         batch_size=config.sample.batch_size,
         classes=tuple(checkpoint.state["classes"]),
         data_source=f"samples of {run.resolve().name}",
+        data_bytes=0,
         data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
         image_size=checkpoint.state["image_size"],
         preprocessing="none: drawn from a model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,12 @@ class Trainer:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.device = accelerator.device
         cache = LatentCache(config.cache.path)
-        if accelerator.is_local_main_process:
-            cache.verify()
+        self.verification = ThreadPoolExecutor(1).submit(cache.verify) if accelerator.is_local_main_process else None
         self.manifest = cache.manifest
         self.vae = FrozenVae(config.vae.source, self.device)
         self.vae.check(self.manifest.vae, config.cache.path)
         self.noise = NoiseProcess(**config.noise.model_dump())
-        self.normalization = Normalization(self.manifest.mean, self.manifest.std)
+        self.normalization = _normalization(config, self.manifest)
         self.loader = LatentLoader(
             cache,
             seed=config.train.seed,
@@ -82,15 +82,19 @@ class Trainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=self.device,
+            access=config.train.access,
         )
-        where = f"held on {self.device}" if self.loader.resident else "read from disk"
-        accelerator.print(f"train: {len(cache):,} images in {len(self.manifest.classes)} classes, latents {where}")
+        classes = len(self.manifest.classes)
+        accelerator.print(f"train: {len(cache):,} images in {classes} classes, {self.loader.describe()}")
         self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
         self.ema = Ema(self.model, config.train.ema_halflife)
         groups = _decay_groups(self.model, config)
         optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
         self.step = 0
         if checkpoint:
+            if checkpoint.state["streamed"] != (self.loader.access == "streamed"):
+                kind = "mapped" if self.loader.access == "streamed" else "streamed"
+                raise ValueError(f"train.access: {run} began in another order of images: give train.access={kind}")
             load_training_state(checkpoint, self.model, self.ema, optimizer)
             self.step = checkpoint.state["step"]
             accelerator.print(f"train: continuing {run} at {self.images_seen:,} images")
@@ -114,6 +118,7 @@ class Trainer:
             self._progress_bar(main) as bar,
         ):
             while self.images_seen < settings.images:
+                self._check_cache(wait=False)
                 before = self.images_seen
                 window.add(*self._update())
                 bar.update(settings.batch_size)
@@ -194,16 +199,24 @@ class Trainer:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
         publish(log, "".join(line + "\n" for line in kept).encode())
 
+    def _check_cache(self, *, wait: bool) -> None:
+        """ValueError when the hash of a file of the cache has been found to differ; with `wait`, of any file."""
+        if self.verification and (wait or self.verification.done()):
+            self.verification.result()
+            self.verification = None
+
     def _save(self) -> None:
+        self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
         state = {
             "step": self.step,
             "images_seen": self.images_seen,
             "classes": self.manifest.classes,
             "noise": asdict(self.noise),
-            "normalization": asdict(self.normalization),
+            "normalization": _as_json(self.normalization),
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
             "data_fingerprint": self.manifest.data_fingerprint,
+            "streamed": self.loader.access == "streamed",
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         save_checkpoint(
@@ -274,6 +287,17 @@ class _Window:
         self.started = time.monotonic()
 
 
+def _as_json(normalization: Normalization) -> dict[str, list[float]]:
+    return {name: list(values) for name, values in asdict(normalization).items()}
+
+
+def _normalization(config: Config, manifest: Manifest) -> Normalization:
+    if config.train.normalization == "cache":
+        return Normalization(manifest.mean, manifest.std)
+    channels = manifest.latent_channels
+    return Normalization((manifest.vae.shift_factor,) * channels, (1 / manifest.vae.scaling_factor,) * channels)
+
+
 def build_model(config: Config, manifest: Manifest) -> LatentUNet:
     """The model of `config` for the latents of a cache, with weights that are a function of train.seed."""
     with torch.random.fork_rng(devices=[]):
@@ -298,6 +322,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) 
     pairs += [
         ("classes", checkpoint.state["classes"], list(manifest.classes)),
         ("data fingerprint", checkpoint.state["data_fingerprint"], manifest.data_fingerprint),
+        ("train.normalization", checkpoint.state["normalization"], _as_json(_normalization(config, manifest))),
         ("vae", checkpoint.state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
         ("data.image_size", checkpoint.state["image_size"], manifest.image_size),
         ("train.batch_size", checkpoint.images_seen / checkpoint.state["step"], config.train.batch_size),

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data.folder import ImageFolder
+from data.files import ImageFiles
 from data.solids import Solids
 from data.source import Source
 from data.storage import publish
@@ -34,7 +34,7 @@ def train_vae(photos: Path, to: Path, *, steps: int, seed: int = 0) -> None:
     """Train for `steps` steps and write the model in diffusers' folder format to `to`."""
     torch.manual_seed(seed)
     solids = _load(Solids(count=SOLIDS, seed=seed + 1, image_size=SOLIDS_SIZE), range(SOLIDS))
-    folder = ImageFolder(photos, image_size=PHOTO_SIZE)
+    folder = ImageFiles(str(photos), image_size=PHOTO_SIZE)
     every = range(len(folder.keys))
     held_out = _load(folder, every[::HELD_OUT])
     trained = _load(folder, [i for i in every if i % HELD_OUT])

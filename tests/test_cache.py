@@ -11,10 +11,10 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-import data.cache
-from data.cache import CacheWriter, LatentCache
+from data.cache import LatentCache
 from data.manifest import MANIFEST, Manifest, Plan
 from data.storage import publish, remove, sha256_file, staged_folder
+from data.writer import CacheWriter
 
 Moments = NDArray[np.floating]
 Labels = NDArray[np.int64]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.folder import SUFFIXES, ImageFolder, read_image
 from numpy.typing import NDArray
 from PIL import Image
 
 from data import folder
-from data.folder import SUFFIXES, ImageFolder, read_image
 
 
 @pytest.fixture

@@ -1,0 +1,224 @@
+"""Image files as a data set: in a folder, in zip, tar or Parquet files, on this machine or at an fsspec URL."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+from data.archives import ParquetFiles, TarShards
+from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image, is_image
+from data.source import Batch, digest, printable, stamp
+
+MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
+CLASSES = "classes.txt"
+_LISTS = ("metadata.csv", "metadata.jsonl", "dataset.json")
+
+
+class Container(Protocol):
+    """Image files in one place; `labels` are names of classes, or their numbers."""
+
+    keys: list[str]
+    labels: list[str | int]
+    stamps: list[str]
+    classes: tuple[str, ...] | None  # where the container names them
+    size: int
+
+    def read(self, index: int) -> bytes:
+        """The bytes of file `index`; OSError or ValueError with the reason. May be called in any process."""
+        ...
+
+
+class ImageFiles:
+    """Labelled image files (see `data.source.Source`), wherever they lie."""
+
+    def __init__(self, url: str, *, image_size: int, matte: str = "white") -> None:
+        """ValueError when there is nothing at `url`, or nothing that is a labelled image."""
+        self.name, self.image_size, self.matte = printable(url), image_size, matte
+        self.preprocessing = PREPROCESSING.format(matte=matte)
+        self._container = open_container(url)
+        self.keys: Sequence[str] = self._container.keys
+        self.stamps: Sequence[str] = self._container.stamps
+        self.size = self._container.size
+        if not self.keys:
+            raise ValueError(
+                f"data.source: no images under {url}: put them in one folder per class, such as {url}/cat/1.jpg"
+                f" (formats: {' '.join(sorted(SUFFIXES))}); docs/data.md has the other ways"
+            )
+        self.classes, self.labels = _number_classes(self._container, url)
+
+    def fingerprint(self) -> str:
+        names = [self.classes[label] for label in self.labels]
+        return digest(f"{k}\t{name}\t{stamp}" for k, name, stamp in zip(self.keys, names, self.stamps, strict=True))
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        batch = Batch(
+            np.asarray(indices, np.int64), np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        )
+        for row, index in enumerate(indices):
+            try:
+                batch.pixels[row] = decode_image(self._container.read(int(index)), self.image_size, self.matte)
+            except DECODER_ERRORS as error:
+                batch.failures[int(index)] = f"{type(error).__name__}: {error}"
+        return batch
+
+
+def open_container(url: str) -> Container:
+    """The images at a path or URL, in the container that is found there."""
+    if re.search(r"://[^/]*@", url):
+        raise ValueError("data.source: a URL with credentials would end up in logs: give these by the environment")
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"data.source: {url}: {error}") from error
+    if fs.isdir(root):
+        files = _archives_in(fs, root)
+        if not files:
+            return Folder(fs, root)
+    else:
+        files = sorted(fs.glob(root)) if "*" in root else [root]
+        if not files or not fs.exists(files[0]):
+            raise ValueError(f"data.source: no such folder or file: {url}")
+    suffixes = {os.path.splitext(file)[1] for file in files}
+    infos = [fs.info(file) for file in files]
+    if suffixes == {".zip"} and len(files) == 1:
+        return Folder(fsspec.filesystem("zip", fo=fs.open(files[0]), skip_instance_cache=True), "", url=url)
+    if suffixes == {".tar"}:
+        return TarShards(fs, infos, _read_classes(fs, files[0].rsplit("/", 1)[0]))
+    if suffixes == {".parquet"}:
+        return ParquetFiles(fs, infos)
+    raise ValueError(f"data.source: {url}: give a folder, one .zip, or .tar or .parquet files")
+
+
+class Folder:
+    """Images in one folder per class, nested folders included, or as a list beside them says.
+
+    Lists are Hugging Face's metadata.csv or metadata.jsonl, and EDM's dataset.json. Without one, classes are the top
+    folders' names, in sorted order or in that of classes.txt.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, root: str, *, url: str = "") -> None:
+        """`fs` may be an open zip file, which every process opens anew by its `url`."""
+        self._fs, self._root, self._url, self._pid = fs, root.rstrip("/"), url, os.getpid()
+        found = dict(sorted(_local_files(root) if isinstance(fs, LocalFileSystem) else _remote_files(fs, root)))
+        self.classes = _read_classes(fs, self._root)
+        lists = [name for name in _LISTS if name in found]
+        listed = _read_list(fs.cat_file(self._path(lists[0])), lists[0]) if lists else None
+        if listed is None:
+            listed = {key: key.split("/")[0] for key in found if "/" in key and is_image(key)}
+        self.keys = list(listed)
+        self.labels: list[str | int] = [key.split("/")[0] if label is None else label for key, label in listed.items()]
+        infos = [found.get(key, (0, "missing")) for key in self.keys]
+        self._sizes = [size for size, _ in infos]
+        self.stamps = [stamp for _, stamp in infos]
+        self.size = sum(self._sizes)
+
+    def read(self, index: int) -> bytes:
+        if self._sizes[index] > MAX_FILE_BYTES:
+            raise ValueError(f"{self._sizes[index]} bytes, over the limit of {MAX_FILE_BYTES}")
+        path = self._path(self.keys[index])
+        if isinstance(self._fs, LocalFileSystem):
+            with open(path, "rb") as file:
+                return file.read()
+        if self._url and self._pid != os.getpid():  # forked processes would share the place in the open file
+            fo = fsspec.open(self._url).open()
+            self._fs, self._pid = fsspec.filesystem("zip", fo=fo, skip_instance_cache=True), os.getpid()
+        return self._fs.cat_file(path)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}" if self._root else key
+
+
+def _archives_in(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Tar or Parquet files in a folder, or in its folder `data`, as data sets on the hub have it."""
+    for pattern in ("*.tar", "*.parquet", "data/*.parquet"):
+        files = sorted(fs.glob(f"{root.rstrip('/')}/{pattern}"))
+        if files:
+            return files
+    return []
+
+
+def _local_files(root: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Relative path, size and stamp of every file that is not hidden. Links to folders inside a class are not followed:
+    they may form a loop.
+    """
+    tops = [entry.path for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    for top in [root, *tops]:
+        for parent, inner, files in os.walk(top):
+            inner[:] = [] if top == root else [name for name in inner if not name.startswith(".")]
+            for name in files:
+                if not name.startswith("."):
+                    path = os.path.join(parent, name)
+                    yield os.path.relpath(path, root).replace(os.sep, "/"), _local_info(path)
+
+
+def _local_info(path: str) -> tuple[int, str]:
+    try:
+        info = os.stat(path)
+    except OSError:  # a dangling link, or gone since it was listed: reading it will say so
+        return 0, "unreadable"
+    return info.st_size, stamp({"size": info.st_size, "mtime": info.st_mtime_ns})
+
+
+def _remote_files(fs: AbstractFileSystem, root: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    prefix = root.strip("/")
+    for path, info in fs.find(root, detail=True).items():
+        key = path.strip("/").removeprefix(prefix).lstrip("/")
+        if not any(part.startswith((".", "__MACOSX")) for part in key.split("/")):
+            yield key, (int(info["size"] or 0), stamp(info))
+
+
+def _read_classes(fs: AbstractFileSystem, folder: str) -> tuple[str, ...] | None:
+    """Names of classes in the order of their numbers, one a line; what follows a tab is not part of the name."""
+    path = f"{folder}/{CLASSES}" if folder else CLASSES
+    if not fs.exists(path):
+        return None
+    return tuple(line.split("\t")[0] for line in fs.cat_file(path).decode().splitlines() if line.strip())
+
+
+def _read_list(payload: bytes, name: str) -> dict[str, Any] | None:
+    """Key -> label, None where the list has no labels; None where it lists nothing."""
+    text = payload.decode("utf-8-sig")
+    try:
+        if name == "dataset.json":
+            labels = json.loads(text)["labels"]
+            return None if labels is None else {str(key): label for key, label in labels}
+        lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(json.loads, text.splitlines())
+        listed = {}
+        for line in lines:
+            label = line.get("label")
+            listed[str(line["file_name"])] = int(str(label)) if str(label).isdecimal() else label
+        return listed
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data.source: {name}: {type(error).__name__}: {error}: see docs/data.md") from error
+
+
+def _number_classes(container: Container, url: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Names of the classes and the number of every image's class."""
+    labels, names = container.labels, container.classes
+    numbered = isinstance(labels[0], int)
+    if any(isinstance(label, int) != numbered for label in labels) or not isinstance(labels[0], int | str):
+        raise ValueError(f"data.source: {url}: labels are all numbers or all names; some are missing or differ in kind")
+    if numbered:
+        numbers = np.array(labels, np.int64)
+        names = names or tuple(map(str, range(int(numbers.max()) + 1)))
+        if numbers.min() < 0 or numbers.max() >= len(names):
+            wrong = container.keys[int(np.argmax((numbers < 0) | (numbers >= len(names))))]
+            raise ValueError(f"data.source: {url}: {wrong}: its label is none of the {len(names)} classes, 0 and up")
+        return names, numbers
+    names = names or tuple(sorted(set(map(str, labels))))
+    number = {name: i for i, name in enumerate(names)}
+    for key, label in zip(container.keys, labels, strict=True):
+        if label not in number:
+            raise ValueError(f"data.source: {url}: {key}: its class {label} is not in {CLASSES}")
+    return tuple(map(printable, names)), np.array([number[str(label)] for label in labels], np.int64)

@@ -1,0 +1,341 @@
+"""Writes a latent cache: shard by shard, by any number of jobs, the manifest last.
+
+Until the manifest is there, `plan.json` says what is being written and `records/` what of it is finished; a shard has
+its record once it is published. To change a finished cache is to reopen it: its manifest becomes a plan and records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.cache import FAILURES, FORMATS, ROWS, verified
+from data.manifest import (
+    MANIFEST,
+    Failure,
+    File,
+    KeptShard,
+    Manifest,
+    Plan,
+    Shard,
+    ShardRecord,
+    first_difference,
+    parse,
+)
+from data.rows import Rows
+from data.source import printable
+from data.storage import claim, holder, publish, publish_json, remove, sha256_file
+
+_PLAN = "plan.json"
+_RECORDS = "records"
+_LOCKS = ".locks"
+_PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
+_GROWING = {"rows", "classes", "data_fingerprint", "data_bytes"}  # what new images change
+
+
+class Job(NamedTuple):
+    """Number `number`, from 0, of `jobs` independent writers; each deals with shards of its own."""
+
+    number: int = 0
+    jobs: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.jobs}"
+
+    def share(self, shards: int) -> range:
+        """Adjacent shards: their images tend to lie together."""
+        return range(self.number * shards // self.jobs, (self.number + 1) * shards // self.jobs)
+
+
+class CacheWriter:
+    """Writes the shards of its job that a cache still lacks; a crash loses the shard at hand and no other.
+
+    Used as a context, in which no other writer of the same shards is let in.
+    """
+
+    def __init__(self, path: Path, plan: Plan, rows: Rows, job: Job | None = None, *, extend: bool = False) -> None:
+        """ValueError names the field in which what lies at `path` differs from `plan`.
+
+        With `extend` the cache may lack the last of `rows`, which are added.
+        """
+        assert len(rows.keys) == len(rows.labels) == plan.rows
+        self.path, self.plan, self.rows, self.job = path, plan, rows, job or Job()
+        self._format = FORMATS[plan.format]
+        self._may_differ = _GROWING if extend else set()
+        check_plan(path, plan, ignored=self._may_differ)
+
+    @property
+    def done(self) -> bool:
+        found = existing_plan(self.path) if (self.path / MANIFEST).exists() else None
+        return found is not None and found.rows == self.plan.rows
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other writers of this job's shards out; ValueError names the one that is at work already."""
+        locks, name = self.path / _LOCKS, f"{self.job.number + 1}-of-{self.job.jobs}"
+        with claim(locks / name, f"job {self.job}"):
+            for other in locks.glob("*-of-*"):
+                at_work = holder(other) if other.name.split("-of-")[1] != str(self.job.jobs) else None
+                if at_work:
+                    raise ValueError(f"{self.path}: {at_work} is at work on it, with another number of jobs")
+            with claim(locks / "manifest", f"job {self.job}", wait=True):
+                check_plan(self.path, self.plan, ignored=self._may_differ)
+                self._start()
+            yield
+
+    def pending(self) -> list[int]:
+        """Numbers of this job's shards that are not there yet."""
+        if self.done:
+            return []
+        return [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
+
+    def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
+        """The rows of a pending shard whose moments `write` asks for: all but what an older version of it holds."""
+        rows, kept = np.array(self.plan.rows_of(shard)), self._kept(shard)
+        return rows if kept is None else np.setdiff1d(rows, [*kept.rows, *(f.row for f in kept.failures)])
+
+    def write(self, shard: int, moments: NDArray[np.floating], failures: Mapping[int, str]) -> list[Failure]:
+        """Publish one shard; its failures.
+
+        `moments` are `rows V 2C h w`, of `rows_to_encode`; `failures` maps a row to its reason. Rows with values that
+        are not finite in the cache's type become failures: they are never committed.
+        """
+        rows, fresh, kept = self.plan.rows_of(shard), self.rows_to_encode(shard), self._kept(shard)
+        values = np.full((len(rows), *self.plan.row_shape), np.nan, self.plan.dtype)
+        with np.errstate(over="ignore"):  # what overflows is found below and becomes a failure
+            values[fresh - rows.start] = moments
+        broken = fresh[~np.isfinite(values[fresh - rows.start]).all(axis=(1, 2, 3, 4))]
+        reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
+        if kept:
+            values[np.array(kept.rows, np.int64) - rows.start] = self._kept_values(shard, kept)
+            reasons |= {failure.row: failure.reason for failure in kept.failures}
+        labels = self.rows.labels[rows.start : rows.stop].copy()
+        labels[[row - rows.start for row in reasons]] = -1
+        payload = self._format.encode_shard(self.plan, shard, values, labels)
+        file = self._format.shard_file(shard)
+        publish(self.path / file, payload)
+        failed = [
+            Failure(row=row, key=printable(self.rows.keys[row]), reason=printable(reasons[row]))
+            for row in sorted(reasons)
+        ]
+        entry = _shard(File.of(file, payload), self.plan, values, labels)
+        publish_json(self._record(shard), ShardRecord(shard=entry, failures=tuple(failed)).model_dump(mode="json"))
+        return failed
+
+    def failures(self) -> list[Failure]:
+        """Of all shards that are there so far, by all jobs."""
+        if self.done:
+            return [failure for record in self._records_of_manifest().values() for failure in record.failures]
+        shards = (i for i in range(self.plan.shard_count) if self._record(i).exists())
+        return [failure for i in shards for failure in self._load_record(i).failures]
+
+    def write_failures(self) -> None:
+        """Publish `failures.jsonl` of what is there so far."""
+        publish(self.path / FAILURES, _lines(self.failures()))
+
+    def finish(self) -> Manifest | None:
+        """Write what is left once every job's shards are there, the manifest last; None while some are not."""
+        with claim(self.path / _LOCKS / "manifest", f"job {self.job}", wait=True):
+            if not self.done:
+                if not all(self._record(i).exists() for i in range(self.plan.shard_count)):
+                    return None
+                self._assemble()
+            self._tidy()
+        return Manifest.load(self.path)
+
+    def redo(self, rows: Iterable[int]) -> None:
+        """Make a finished or an unfinished cache lack `rows`; the others of their shards are kept.
+
+        Until its last step a finished cache stays what it was.
+        """
+        again: dict[int, set[int]] = {}
+        for row in rows:
+            again.setdefault(row // self.plan.shard_rows, set()).add(row)
+        if (self.path / MANIFEST).exists():
+            records = self._records_of_manifest()
+            remove(self.path / _RECORDS)
+        else:
+            numbers = (i for i in range(self.plan.shard_count) if self._record(i).exists())
+            records = {i: self._load_record(i) for i in numbers}
+        for i, record in records.items():
+            self._reopen_shard(i, record, again.get(i, set()))
+        publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+        remove(self.path / MANIFEST)
+
+    def _start(self) -> None:
+        found = existing_plan(self.path)
+        if self.done:
+            return
+        if found and found.rows != self.plan.rows:
+            self.redo([])
+        elif not found:
+            publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+        lines, file = self.rows.lines(), self.path / ROWS
+        if not file.exists() or file.read_bytes() != lines:
+            publish(file, lines)
+
+    def _records_of_manifest(self) -> dict[int, ShardRecord]:
+        manifest = Manifest.load(self.path)
+        failures: dict[int, list[Failure]] = {}
+        if manifest.failed:
+            for line in verified(self.path, manifest, FAILURES).splitlines():
+                failure = Failure.model_validate_json(line)
+                failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
+        return {
+            i: ShardRecord(shard=shard, failures=tuple(failures.get(i, ()))) for i, shard in enumerate(manifest.shards)
+        }
+
+    def _reopen_shard(self, number: int, record: ShardRecord, redo: set[int]) -> None:
+        """A record for a shard that stays as it is; for one to be written anew, what of it is kept."""
+        start, rows = self.plan.rows_of(number).start, record.shard.rows
+        failed = {failure.row for failure in record.failures}
+        listed = [row for row in range(start, start + rows) if self._format.KEEPS_FAILED or row not in failed]
+        kept = [(row, place) for place, row in enumerate(listed) if row not in failed | redo]
+        if not redo and rows == len(self.plan.rows_of(number)):
+            publish_json(self._record(number), record.model_dump(mode="json"))
+            return
+        remove(self._record(number, "kept"))
+        if kept:
+            shard = KeptShard(
+                file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
+                rows=tuple(row for row, _ in kept),
+                places=tuple(place for _, place in kept),
+                failures=tuple(failure for failure in record.failures if failure.row not in redo),
+            )
+            publish_json(self._record(number, "kept.json"), shard.model_dump(mode="json"))
+        remove(self._record(number))
+
+    def _kept(self, shard: int) -> KeptShard | None:
+        file = self._record(shard, "kept.json")
+        return parse(KeptShard, file.read_bytes(), file) if file.exists() else None
+
+    def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
+        """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
+        copy = self._record(shard, "kept")
+        if not copy.exists():
+            publish(copy, (self.path / kept.file.file).read_bytes())
+        if sha256_file(copy) != kept.file.sha256:
+            remove(copy)
+            raise ValueError(f"{self.path / kept.file.file}: damaged: its SHA-256 is not the one recorded: encode anew")
+        layout = self._format.layout(self.plan)
+        blocks, rows = np.divmod(np.array(kept.places), layout.rows)
+        return layout.map([copy], self.plan)[0, blocks, rows]
+
+    def _assemble(self) -> None:
+        """All files but the shards, the manifest last."""
+        records = [self._load_record(i) for i in range(self.plan.shard_count)]
+        shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
+        if len(failures) == self.plan.rows:
+            for name in (self._format.FOLDER, _RECORDS, _PLAN, ROWS):  # not the folder: it may hold what is not ours
+                remove(self.path / name)
+            raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
+        labels = self.rows.labels.copy()
+        labels[[failure.row for failure in failures]] = -1
+        files = {**self._format.other_files(self.plan, labels), ROWS: self.rows.lines(), FAILURES: _lines(failures)}
+        for name, payload in files.items():
+            publish(self.path / name, payload)
+        mean, std = _merge(shards)
+        Manifest(
+            **dict(self.plan),
+            committed=self.plan.rows - len(failures),
+            failed=len(failures),
+            mean=mean,
+            std=std,
+            shards=tuple(shards),
+            files=tuple(File.of(name, payload) for name, payload in files.items()),
+        ).save(self.path)
+
+    def _tidy(self) -> None:
+        for name in (_RECORDS, _PLAN, _LOCKS):
+            remove(self.path / name)
+
+    def _record(self, shard: int, suffix: str = "json") -> Path:
+        return self.path / _RECORDS / f"{shard:06d}.{suffix}"
+
+    def _load_record(self, shard: int) -> ShardRecord:
+        file = self._record(shard)
+        return parse(ShardRecord, file.read_bytes(), file)
+
+
+def existing_plan(path: Path) -> Plan | None:
+    """The plan of the finished or unfinished cache at `path`; None where there is none.
+
+    ValueError when the folder holds something else.
+    """
+    if (path / MANIFEST).exists():
+        return Manifest.load(path).plan()
+    if (path / _PLAN).exists():
+        return parse(Plan, (path / _PLAN).read_bytes(), path / _PLAN)
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
+    return None
+
+
+def progress(path: Path) -> tuple[int, int, int] | None:
+    """Images committed, failed and pending of the unfinished cache at `path`; None when it is finished.
+
+    ValueError where there is no cache.
+    """
+    plan = existing_plan(path)
+    if plan is None or (path / MANIFEST).exists():
+        Manifest.load(path)
+        return None
+    files = [path / _RECORDS / f"{shard:06d}.json" for shard in range(plan.shard_count)]
+    records = [parse(ShardRecord, file.read_bytes(), file) for file in files if file.exists()]
+    failed = sum(record.shard.failed for record in records)
+    committed = sum(record.shard.rows for record in records) - failed
+    return committed, failed, plan.rows - committed - failed
+
+
+def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> None:
+    """ValueError names the first field, but for `ignored`, in which the cache at `path` was planned differently."""
+    found = existing_plan(path)
+    difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
+    if difference:
+        name, ours, theirs = (_short(part) for part in difference)
+        raise ValueError(
+            f"{path}: the cache there has {name} = {theirs}, this run has {ours}:"
+            " choose another folder (cache.path for encode) or delete this one"
+        )
+
+
+def _lines(failures: list[Failure]) -> bytes:
+    return "".join(json.dumps(failure.model_dump()) + "\n" for failure in failures).encode()
+
+
+def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray[np.int64]) -> Shard:
+    """A shard's entry, with sums over rows, views and positions of the posterior's first and second moments."""
+    channels = plan.latent_channels
+    good = values[labels >= 0].astype(np.float64)
+    mean = good[:, :, :channels]
+    second = mean**2
+    if plan.store == "moments":
+        second += good[:, :, channels:] ** 2
+    axes = (0, 1, 3, 4)
+    return Shard(
+        **dict(file),
+        rows=len(labels),
+        failed=int((labels < 0).sum()),
+        values=mean.size // channels,
+        total=tuple(mean.sum(axes).tolist()),
+        squares=tuple(second.sum(axes).tolist()),
+    )
+
+
+def _merge(shards: list[Shard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel over all shards."""
+    count = sum(shard.values for shard in shards)
+    mean = np.sum([shard.total for shard in shards], axis=0) / count
+    variance = np.sum([shard.squares for shard in shards], axis=0) / count - mean**2
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(variance, 0)).tolist())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,41 @@
+"""A latent cache in the other of its two formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.cache import FAILURES, ROWS, LatentCache
+from data.manifest import Plan
+from data.rows import Rows
+from data.storage import probe
+from data.writer import CacheWriter
+
+
+def convert(source: Path, target: Path, format_: str | None) -> None:
+    """Write the cache at `source` to `target` in `format_`, by default the one it does not have.
+
+    Latents, labels, keys, failures and statistics stay the same; there and back gives the same bytes.
+    """
+    cache = LatentCache(source)
+    cache.verify()
+    manifest = cache.manifest
+    other = "webdataset" if manifest.format == "zarr" else "zarr"
+    plan = Plan(**{**dict(manifest.plan()), "format": format_ or other})
+    writer = CacheWriter(target, plan, Rows.load(source / ROWS, manifest.classes))
+    if writer.done:
+        print(f"convert: all done: {target}")
+        return
+    probe(target, "TARGET")
+    failures = {line["row"]: line["reason"] for line in cache.lines(FAILURES)}
+    with writer.claimed():
+        for shard in tqdm(writer.pending(), desc="convert", unit=" shards", mininterval=1):
+            rows = np.array(plan.rows_of(shard))
+            start, stop = np.searchsorted(cache.rows, [rows[0], rows[-1] + 1])
+            moments = np.full((len(rows), *plan.row_shape), np.nan, plan.dtype)
+            moments[cache.rows[start:stop] - rows[0]] = cache.read(np.arange(start, stop))
+            writer.write(shard, moments, {row: failures[row] for row in rows.tolist() if row in failures})
+        writer.finish()
+    print(f"convert: {manifest.committed:,} images as {plan.format} in {target}")

@@ -1,0 +1,59 @@
+"""Compare every byte of a cache with what was written, and write anew what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.cache import FAILURES, ROWS, LatentCache
+from data.manifest import File, Manifest
+from data.storage import remove
+from data.writer import CacheWriter
+from stages.config import Config
+
+
+def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
+    """Name all files of `cache`, or of the config's, that are missing or damaged; ValueError if there are any.
+
+    With `repair` the shards among them are encoded again, from the images of `config`.
+    """
+    path = cache or config.cache.path
+    manifest = Manifest.load(path)
+    files = (*manifest.shards, *manifest.files)
+    wrong = []
+    with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="verify", mininterval=1) as bar:
+        for file in files:
+            problem = file.problem(path)
+            if problem:
+                wrong.append(file.file)
+                tqdm.write(f"verify: {path / file.file}: {problem}")
+            bar.update(file.size)
+    if not wrong:
+        LatentCache(path)  # names and sizes are those of the format
+        print(f"verify: {len(files):,} files, {manifest.committed:,} images: all as they were written: {path}")
+    elif repair:
+        _repair(config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})}), manifest, wrong)
+    else:
+        raise ValueError(
+            f"{path}: {len(wrong):,} of {len(files):,} files are not what was written: verify --repair writes them anew"
+        )
+
+
+def _repair(config: Config, manifest: Manifest, wrong: list[str]) -> None:
+    from pipeline.vae import FrozenVae
+    from stages.device import pick_device
+    from stages.encode import encode_pending, open_config_source, plan_rows
+
+    source = open_config_source(config)
+    vae = FrozenVae(config.vae.source, pick_device())
+    if ROWS in wrong:
+        remove(config.cache.path / ROWS)
+    plan, rows = plan_rows(config, source, vae, extend=False)
+    if File.of(ROWS, rows.lines()) not in manifest.files:
+        raise ValueError(f"{config.cache.path}: which image each row is cannot be told any more: encode into a new one")
+    writer = CacheWriter(config.cache.path, plan, rows)
+    bad = [i for i, shard in enumerate(manifest.shards) if shard.file in wrong or (shard.failed and FAILURES in wrong)]
+    with writer.claimed():
+        writer.redo([row for shard in bad for row in plan.rows_of(shard)])
+        encode_pending(writer, source, vae, config)
