@@ -9,11 +9,13 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)') $(if $(RUN),--run $(RUN))
 GPU     = $(shell command -v nvidia-smi)
-TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m stages
+THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
+TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m stages
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
+FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all encode train sample decode vae test lint bench
+.PHONY: help setup all encode verify info train sample decode vae test lint bench
 
 help:  ## this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -29,7 +31,13 @@ $(READY): pyproject.toml constraints.txt
 all: decode  ## encode, train, sample and decode: images from nothing
 
 encode: $(READY)  ## stage one: images to a latent cache
-	$(BIN)/latentmill encode $(ARGS)
+	$(LAUNCH) encode $(ARGS) $(FLAGS)
+
+verify: $(READY)  ## compare every file of the cache with its hash
+	$(BIN)/latentmill verify $(ARGS) $(FLAGS)
+
+info: encode  ## what the cache holds, and pictures of it
+	$(BIN)/latentmill info $(ARGS)
 
 train: encode  ## stage two: a latent cache to a model
 	$(LAUNCH) train $(ARGS)

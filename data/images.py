@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
@@ -50,13 +50,20 @@ def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.
     colour `matte`, the first frame of an animation is taken; then the shorter side is resized to `size` (bicubic, with
     anti-aliasing) and the centre is cut out. Raises one of `DECODER_ERRORS` with the reason.
     """
-    with Image.open(io.BytesIO(payload)) as file:
+    with _open(payload) as file:
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width}x{file.height} pixels, over the limit of {MAX_PIXELS}")
         image = _upright(_to_rgb(file, matte), file.getexif().get(ExifTags.Base.Orientation))
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
+
+
+def _open(payload: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(payload))
+    except UnidentifiedImageError:  # its own text holds an address in memory, another one in each run
+        raise ValueError("of no image format that is read here, or damaged in its first bytes") from None
 
 
 def _upright(image: Image.Image, orientation: object) -> Image.Image:

@@ -6,12 +6,21 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.cache import ROWS
 from data.source import Source
+
+
+class Change(NamedTuple):
+    """Keys in which a data set differs from the listing of a cache."""
+
+    added: list[str]
+    gone: list[str]
+    edited: list[str]  # another file, or another class
 
 
 @dataclass(frozen=True)
@@ -40,23 +49,25 @@ class Rows:
         return cls(keys, labels, classes, stamps, np.arange(len(lines)))
 
     @classmethod
-    def aligned(cls, source: Source, cache: Path, classes: tuple[str, ...]) -> tuple[Rows, str]:
-        """The images of `source` in the order of `cache`, whose `classes` keep their numbers, and what of the cache's
-        is no longer so, in words: "" when nothing but new images, behind the old ones, distinguishes them.
+    def aligned(cls, source: Source, cache: Path, classes: tuple[str, ...]) -> tuple[Rows, Change]:
+        """The images of `source`, those of `cache` first in its order, and what is no longer as the cache lists it.
+
+        The cache's `classes` keep their numbers.
         """
         rows = cls.of(source)
         if not (cache / ROWS).exists():
-            return rows, ""
+            return rows, Change([], [], [])
         old = cls.load(cache / ROWS, classes)
         now = {key: (stamp, rows.classes[label]) for key, stamp, label in rows._entries()}
         before = {key: (stamp, classes[label]) for key, stamp, label in old._entries()}
-        gone = [key for key in old.keys if key not in now]
-        changed = [key for key in old.keys if key in now and now[key] != before[key]]
-        parts = [(gone, "gone"), (changed, "changed")]
-        change = " and ".join(f"{len(keys):,} {what} (such as {keys[0]})" for keys, what in parts if keys)
+        change = Change(
+            added=[key for key in rows.keys if key not in before],
+            gone=[key for key in old.keys if key not in now],
+            edited=[key for key in old.keys if key in now and now[key] != before[key]],
+        )
         index = {key: i for i, key in enumerate(rows.keys)}
-        kept = [index[key] for key in old.keys if key in index]
-        order = np.array(kept + [i for i, key in enumerate(rows.keys) if key not in before], np.int64)
+        kept = [key for key in old.keys if key in index]
+        order = np.array([index[key] for key in [*kept, *change.added]], np.int64)
         return rows._reordered(order, classes), change
 
     def lines(self) -> bytes:

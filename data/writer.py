@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, FORMATS, ROWS, verified
+from data.cache import FAILURES, FORMATS, ROWS
 from data.manifest import (
     MANIFEST,
     Failure,
@@ -36,7 +36,7 @@ _PLAN = "plan.json"
 _RECORDS = "records"
 _LOCKS = ".locks"
 _PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
-_GROWING = {"rows", "classes", "data_fingerprint", "data_bytes"}  # what new images change
+_DATA_SET = {"rows", "classes", "data_fingerprint", "data_bytes"}
 
 
 class Job(NamedTuple):
@@ -59,15 +59,15 @@ class CacheWriter:
     Used as a context, in which no other writer of the same shards is let in.
     """
 
-    def __init__(self, path: Path, plan: Plan, rows: Rows, job: Job | None = None, *, extend: bool = False) -> None:
+    def __init__(self, path: Path, plan: Plan, rows: Rows, job: Job | None = None, *, change: bool = False) -> None:
         """ValueError names the field in which what lies at `path` differs from `plan`.
 
-        With `extend` the cache may lack the last of `rows`, which are added.
+        With `change` the data set may: the cache may lack the last of `rows`, and `redo` takes new versions of rows.
         """
         assert len(rows.keys) == len(rows.labels) == plan.rows
         self.path, self.plan, self.rows, self.job = path, plan, rows, job or Job()
         self._format = FORMATS[plan.format]
-        self._may_differ = _GROWING if extend else set()
+        self._may_differ = _DATA_SET if change else set()
         check_plan(path, plan, ignored=self._may_differ)
 
     @property
@@ -128,16 +128,9 @@ class CacheWriter:
         publish_json(self._record(shard), ShardRecord(shard=entry, failures=tuple(failed)).model_dump(mode="json"))
         return failed
 
-    def failures(self) -> list[Failure]:
-        """Of all shards that are there so far, by all jobs."""
-        if self.done:
-            return [failure for record in self._records_of_manifest().values() for failure in record.failures]
-        shards = (i for i in range(self.plan.shard_count) if self._record(i).exists())
-        return [failure for i in shards for failure in self._load_record(i).failures]
-
     def write_failures(self) -> None:
         """Publish `failures.jsonl` of what is there so far."""
-        publish(self.path / FAILURES, _lines(self.failures()))
+        publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
 
     def finish(self) -> Manifest | None:
         """Write what is left once every job's shards are there, the manifest last; None while some are not."""
@@ -157,39 +150,28 @@ class CacheWriter:
         again: dict[int, set[int]] = {}
         for row in rows:
             again.setdefault(row // self.plan.shard_rows, set()).add(row)
+        records = recorded(self.path)
         if (self.path / MANIFEST).exists():
-            records = self._records_of_manifest()
-            remove(self.path / _RECORDS)
-        else:
-            numbers = (i for i in range(self.plan.shard_count) if self._record(i).exists())
-            records = {i: self._load_record(i) for i in numbers}
+            remove(self.path / _RECORDS)  # of an earlier attempt that did not get this far
         for i, record in records.items():
             self._reopen_shard(i, record, again.get(i, set()))
         publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
         remove(self.path / MANIFEST)
+        self._publish_rows()
 
     def _start(self) -> None:
         found = existing_plan(self.path)
-        if self.done:
-            return
         if found and found.rows != self.plan.rows:
             self.redo([])
-        elif not found:
-            publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+        elif not self.done:
+            if not found:
+                publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+            self._publish_rows()
+
+    def _publish_rows(self) -> None:
         lines, file = self.rows.lines(), self.path / ROWS
         if not file.exists() or file.read_bytes() != lines:
             publish(file, lines)
-
-    def _records_of_manifest(self) -> dict[int, ShardRecord]:
-        manifest = Manifest.load(self.path)
-        failures: dict[int, list[Failure]] = {}
-        if manifest.failed:
-            for line in verified(self.path, manifest, FAILURES).splitlines():
-                failure = Failure.model_validate_json(line)
-                failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
-        return {
-            i: ShardRecord(shard=shard, failures=tuple(failures.get(i, ()))) for i, shard in enumerate(manifest.shards)
-        }
 
     def _reopen_shard(self, number: int, record: ShardRecord, redo: set[int]) -> None:
         """A record for a shard that stays as it is; for one to be written anew, what of it is kept."""
@@ -229,7 +211,7 @@ class CacheWriter:
 
     def _assemble(self) -> None:
         """All files but the shards, the manifest last."""
-        records = [self._load_record(i) for i in range(self.plan.shard_count)]
+        records = recorded(self.path).values()
         shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
         if len(failures) == self.plan.rows:
             for name in (self._format.FOLDER, _RECORDS, _PLAN, ROWS):  # not the folder: it may hold what is not ours
@@ -258,10 +240,6 @@ class CacheWriter:
     def _record(self, shard: int, suffix: str = "json") -> Path:
         return self.path / _RECORDS / f"{shard:06d}.{suffix}"
 
-    def _load_record(self, shard: int) -> ShardRecord:
-        file = self._record(shard)
-        return parse(ShardRecord, file.read_bytes(), file)
-
 
 def existing_plan(path: Path) -> Plan | None:
     """The plan of the finished or unfinished cache at `path`; None where there is none.
@@ -277,19 +255,39 @@ def existing_plan(path: Path) -> Plan | None:
     return None
 
 
-def progress(path: Path) -> tuple[int, int, int] | None:
-    """Images committed, failed and pending of the unfinished cache at `path`; None when it is finished.
+def recorded(path: Path) -> dict[int, ShardRecord]:
+    """The records of all shards that are there so far of the cache at `path`, by their numbers.
 
-    ValueError where there is no cache.
+    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again.
     """
-    plan = existing_plan(path)
-    if plan is None or (path / MANIFEST).exists():
-        Manifest.load(path)
-        return None
-    files = [path / _RECORDS / f"{shard:06d}.json" for shard in range(plan.shard_count)]
-    records = [parse(ShardRecord, file.read_bytes(), file) for file in files if file.exists()]
-    failed = sum(record.shard.failed for record in records)
-    committed = sum(record.shard.rows for record in records) - failed
+    if not (path / MANIFEST).exists():
+        files = sorted((path / _RECORDS).glob("*[0-9].json"))
+        return {int(file.stem): parse(ShardRecord, file.read_bytes(), file) for file in files}
+    manifest = Manifest.load(path)
+    failures: dict[int, list[Failure]] = {}
+    listed = next(file for file in manifest.files if file.file == FAILURES)
+    if listed.problem(path) is None:
+        for line in (path / FAILURES).read_text(encoding="utf-8").splitlines():
+            failure = Failure.model_validate_json(line)
+            failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
+    return {
+        i: ShardRecord(shard=shard, failures=tuple(failures.get(i, ())))
+        for i, shard in enumerate(manifest.shards)
+        if shard.failed == len(failures.get(i, ()))
+    }
+
+
+def recorded_failures(path: Path) -> list[Failure]:
+    """The failures of all shards that are there so far of the cache at `path`."""
+    return [failure for record in recorded(path).values() for failure in record.failures]
+
+
+def progress(path: Path) -> tuple[int, int, int]:
+    """Images committed, failed and pending of the cache at `path`; ValueError where there is none."""
+    plan = existing_plan(path) or Manifest.load(path)
+    shards = [record.shard for record in recorded(path).values()]
+    failed = sum(shard.failed for shard in shards)
+    committed = sum(shard.rows for shard in shards) - failed
     return committed, failed, plan.rows - committed - failed
 
 

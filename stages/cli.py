@@ -31,9 +31,9 @@ def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
             if debug or isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
                 raise
             user_error = isinstance(error, ValueError)
-            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-                text = str(error) if user_error else f"{type(error).__name__}: {error} (--debug shows where)"
-                click.echo("error: " + " ".join(text.split()), err=True)
+            text = str(error) if user_error else f"{type(error).__name__}: {error} (--debug shows where)"
+            rank = int(os.environ.get("RANK", "0"))
+            click.echo(f"error{f' in process {rank}' if rank else ''}: {' '.join(text.split())}", err=True)
             sys.exit(2 if user_error else 1)
 
     return click.option("--debug", is_flag=True, help="Show the trace of an error.")(wrapped)

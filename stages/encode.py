@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from data.cache import FAILURES, FORMATS, SHARD_ROWS
 from data.manifest import Failure, Manifest, Plan
-from data.rows import Rows
-from data.source import Batch, Source, open_source
+from data.rows import Change, Rows
+from data.source import Batch, Source, open_source, printable
 from data.storage import free_bytes, probe
-from data.writer import CacheWriter, Job, existing_plan
+from data.writer import CacheWriter, Job, existing_plan, recorded_failures
 from pipeline.vae import FrozenVae, to_pixels
 from stages.config import Config
 from stages.device import pick_device
@@ -34,18 +34,21 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
     `extend` adds images that came to the data set, `retry_failed` reads those again that could not be read.
     """
     if job.jobs > 1 and (extend or retry_failed):
-        raise ValueError("--extend and --retry-failed change what is there: give them without --job and NPROC")
+        raise ValueError(
+            "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
+        )
     source = open_config_source(config)
     vae = FrozenVae(config.vae.source, pick_device())
-    plan, rows = plan_rows(config, source, vae, extend=extend)
-    writer = CacheWriter(config.cache.path, plan, rows, job, extend=extend)
+    plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
+    writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
-        print(f"encode: all done: {config.cache.path}")
+        if job.number == 0:
+            print(f"encode: all done: {config.cache.path}")
         return
     probe(config.cache.path, "cache.path")
     with writer.claimed():
         if retry_failed:
-            writer.redo([failure.row for failure in writer.failures()])
+            writer.redo([failure.row for failure in recorded_failures(config.cache.path)])
         encode_pending(writer, source, vae, config)
 
 
@@ -57,7 +60,9 @@ def open_config_source(config: Config) -> Source:
     )
 
 
-def plan_rows(config: Config, source: Source, vae: FrozenVae, *, extend: bool) -> tuple[Plan, Rows]:
+def plan_rows(
+    config: Config, source: Source, vae: FrozenVae, *, extend: bool = False, retry_failed: bool = False
+) -> tuple[Plan, Rows]:
     """What the manifest pins and which image each row is, before anything is encoded.
 
     ValueError when the images of the cache that is there are not those of `source`.
@@ -65,13 +70,26 @@ def plan_rows(config: Config, source: Source, vae: FrozenVae, *, extend: bool) -
     path = config.cache.path
     found, rows = existing_plan(path), Rows.of(source)
     if found:
-        rows, lost = Rows.aligned(source, path, found.classes)
-        added = len(rows.keys) - found.rows
-        if lost or (added and not extend):
-            change = " and ".join(part for part in (lost, f"{added:,} new" if added else "") if part)
-            remedy = "encode into another cache.path" if lost else "--extend encodes the new ones"
-            raise ValueError(f"{path}: the data set {source.name} has changed since the encode: {change}: {remedy}")
+        rows, change = Rows.aligned(source, path, found.classes)
+        if found.data_fingerprint != source.fingerprint():
+            failed = {failure.key for failure in recorded_failures(path)}
+            _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
     return make_plan(config, source, rows, vae), rows
+
+
+def _check_change(change: Change, failed: set[str], where: str, *, extend: bool, retry_failed: bool) -> None:
+    """ValueError when the images of a cache are no longer those of its data set, unless it was asked to follow."""
+    mended = [key for key in change.edited if printable(key) in failed]
+    lost = change.gone + [key for key in change.edited if printable(key) not in failed]
+    cases = (
+        (lost, False, "changed or gone", "encode into another cache.path"),
+        (change.added, extend, "new", "--extend encodes them"),
+        (mended, retry_failed, "changed that could not be read", "--retry-failed reads them again"),
+    )
+    for keys, allowed, what, remedy in cases:
+        if keys and not allowed:
+            count = f"{len(keys):,} images are {what}, such as {printable(keys[0])}"
+            raise ValueError(f"{where}: the data set has changed since the encode: {count}: {remedy}")
 
 
 def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Plan:
@@ -109,7 +127,7 @@ def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: 
     images = sum(len(part.rows) for part in work)
     print(f"encode: {images:,} of {writer.plan.rows:,} images of {source.name} to encode on {vae.device}")
     _check_room(writer, pending)
-    failed, started = writer.failures(), time.monotonic()
+    failed, started = recorded_failures(writer.path), time.monotonic()
     with (
         tqdm(total=images, unit=" images", desc="encode", mininterval=1) as bar,
         ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE is at the next one

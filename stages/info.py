@@ -31,9 +31,8 @@ def info(config: Config, cache: Path | None) -> None:
     The pairs need the images: where the config's data set is not the one of the cache, there are none.
     """
     path = cache or config.cache.path
-    unfinished = progress(path)
-    if unfinished:
-        committed, failed, pending = unfinished
+    committed, failed, pending = progress(path)
+    if pending:
         print(f"{path}: not finished: {committed:,} committed + {failed:,} failed + {pending:,} pending images")
         return
     latents = LatentCache(path)

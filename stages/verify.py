@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cache import FAILURES, ROWS, LatentCache
+from data.cache import ROWS, LatentCache
 from data.manifest import File, Manifest
 from data.storage import remove
 from data.writer import CacheWriter
@@ -49,11 +49,11 @@ def _repair(config: Config, manifest: Manifest, wrong: list[str]) -> None:
     vae = FrozenVae(config.vae.source, pick_device())
     if ROWS in wrong:
         remove(config.cache.path / ROWS)
-    plan, rows = plan_rows(config, source, vae, extend=False)
+    plan, rows = plan_rows(config, source, vae)
     if File.of(ROWS, rows.lines()) not in manifest.files:
         raise ValueError(f"{config.cache.path}: which image each row is cannot be told any more: encode into a new one")
     writer = CacheWriter(config.cache.path, plan, rows)
-    bad = [i for i, shard in enumerate(manifest.shards) if shard.file in wrong or (shard.failed and FAILURES in wrong)]
+    bad = [i for i, shard in enumerate(manifest.shards) if shard.file in wrong]
     with writer.claimed():
         writer.redo([row for shard in bad for row in plan.rows_of(shard)])
         encode_pending(writer, source, vae, config)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.cache import CacheWriter, LatentCache
+from data.cache import LatentCache
 from data.manifest import Plan, VaeIdentity
+from data.rows import Rows
+from data.writer import CacheWriter
 
 if TYPE_CHECKING:
     from tests.small_world import World
@@ -29,10 +31,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return build_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(params=["zarr", "webdataset"])
+def format(request: pytest.FixtureRequest) -> str:
+    """Of the cache: what uses it, through `plan` or `cache` too, is run with both."""
+    return request.param
+
+
 @pytest.fixture
-def plan() -> Plan:
+def plan(format: str) -> Plan:
     """Of a small cache: shards of 32, 32 and 11 rows, so that the last shard and its last chunk are partial."""
     return Plan(
+        format=format,
         store="moments",
         dtype="float16",
         views=("identity",),
@@ -43,6 +52,7 @@ def plan() -> Plan:
         classes=("cat", "dog"),
         data_source="somewhere",
         data_fingerprint="f" * 64,
+        data_bytes=75_000,
         image_size=16,
         preprocessing="none",
         vae=VaeIdentity(
@@ -74,13 +84,18 @@ def labels(plan: Plan) -> NDArray[np.int64]:
 
 
 @pytest.fixture
-def cache(
-    tmp_path: Path, plan: Plan, moments: NDArray[np.float32], keys: list[str], labels: NDArray[np.int64]
-) -> LatentCache:
+def rows(plan: Plan, keys: list[str], labels: NDArray[np.int64]) -> Rows:
+    """Which image each row of `plan` is."""
+    return Rows(keys, labels, plan.classes, [f"{row:016x}" for row in range(plan.rows)], np.arange(plan.rows))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, plan: Plan, rows: Rows, moments: NDArray[np.float32]) -> LatentCache:
     """A finished cache at `tmp_path / "cache"` in which rows 5 and 40 failed."""
-    writer = CacheWriter(tmp_path / "cache", plan, keys, labels)
-    for shard in writer.pending():
-        rows = writer.rows_of(shard)
-        writer.write(shard, moments[rows.start : rows.stop], {row: "unreadable" for row in (5, 40) if row in rows})
-    writer.finish()
+    writer = CacheWriter(tmp_path / "cache", plan, rows)
+    with writer.claimed():
+        for shard in writer.pending():
+            mine = plan.rows_of(shard)
+            writer.write(shard, moments[mine.start : mine.stop], {row: "unreadable" for row in (5, 40) if row in mine})
+        writer.finish()
     return LatentCache(tmp_path / "cache")
