@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -17,23 +18,38 @@ from data.source import stamp
 MAX_LABEL_BYTES = 2**20  # of a member that only says which class an image has
 
 
+class PerProcess:
+    """A file system that every process opens for itself: open files and connections do not survive a fork."""
+
+    def __init__(self, fs: AbstractFileSystem) -> None:
+        self._fs, self._pid = fs, os.getpid()
+
+    def here(self) -> AbstractFileSystem:
+        if self._pid != os.getpid():
+            self._fs, self._pid = copy.deepcopy(self._fs), os.getpid()  # fsspec copies by opening anew
+        return self._fs
+
+
 class TarShards:
     """Tar files of images, each beside a member of the same name with its class: `.cls`, or `.json` with `label`.
 
     Nothing is extracted. Only plain members with these suffixes are looked at; links and all else are passed over.
     """
 
-    def __init__(self, fs: AbstractFileSystem, infos: list[dict[str, Any]], classes: tuple[str, ...] | None) -> None:
-        self._fs, self.classes = fs, classes
+    def __init__(
+        self, fs: AbstractFileSystem, infos: dict[str, dict[str, Any]], classes: tuple[str, ...] | None
+    ) -> None:
+        """`infos` has what `fs` says of each tar by the name that begins its keys."""
+        self._fs, self.classes = PerProcess(fs), classes
         self.keys: list[str] = []
         self.labels: list[str | int] = []
         self.stamps: list[str] = []
         self._places: list[tuple[str, int, int]] = []  # file, first byte, byte after the last
-        for info in infos:
+        for name, info in infos.items():
             path = info["name"]
             with fs.open(path) as file:
                 for key, member, label in _samples(file, path):
-                    self.keys.append(f"{path.rsplit('/', 1)[-1]}/{key}")
+                    self.keys.append(f"{name}/{key}")
                     self.labels.append(label)
                     self.stamps.append(stamp({**info, "offset": member.offset_data}))
                     self._places.append((path, member.offset_data, member.offset_data + member.size))
@@ -41,7 +57,7 @@ class TarShards:
 
     def read(self, index: int) -> bytes:
         path, start, end = self._places[index]
-        return self._fs.cat_file(path, start=start, end=end)
+        return self._fs.here().cat_file(path, start=start, end=end)
 
 
 def _samples(file: Any, path: str) -> Iterator[tuple[str, tarfile.TarInfo, str | int]]:
@@ -51,7 +67,7 @@ def _samples(file: Any, path: str) -> Iterator[tuple[str, tarfile.TarInfo, str |
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or ".." in member.name.split("/"):
                     continue
                 folder, _, name = member.name.rpartition("/")
                 base, _, suffix = name.partition(".")
@@ -61,9 +77,14 @@ def _samples(file: Any, path: str) -> Iterator[tuple[str, tarfile.TarInfo, str |
                 elif suffix in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
                     content = tar.extractfile(member)
                     assert content is not None
-                    labels[key] = _label(content.read(), suffix)
+                    label = _label(content.read(), suffix)
+                    if label is not None:
+                        labels[key] = label
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-    except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+            file.seek(tar.offset)  # tarfile takes a damaged header, but for the first, for the end
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise ValueError(f"damaged at byte {tar.offset}")
+    except (tarfile.TarError, ValueError, EOFError) as error:
         raise ValueError(f"data.source: {path}: {type(error).__name__}: {error}") from error
     for key, member in images.items():
         if key not in labels:
@@ -71,47 +92,53 @@ def _samples(file: Any, path: str) -> Iterator[tuple[str, tarfile.TarInfo, str |
         yield key, member, labels[key]
 
 
-def _label(content: bytes, suffix: str) -> str | int:
-    text = content.decode().strip()
-    label = json.loads(text)["label"] if suffix == "json" else text
-    return int(label) if str(label).isdecimal() else str(label)
+def _label(content: bytes, suffix: str) -> str | int | None:
+    """The class that a member names; a JSON may be about other things."""
+    label: Any = content.decode().strip()
+    if suffix == "json":
+        value = json.loads(label)
+        label = value.get("label") if isinstance(value, dict) else None
+    return int(label) if str(label).isdecimal() else label or None
 
 
 class ParquetFiles:
     """Parquet files with a column of images, `{bytes, path}`, and one of labels, as `datasets` writes them."""
 
-    def __init__(self, fs: AbstractFileSystem, infos: list[dict[str, Any]]) -> None:
-        self._fs = fs
+    def __init__(self, fs: AbstractFileSystem, infos: dict[str, dict[str, Any]]) -> None:
+        """`infos` has what `fs` says of each file by the name that begins its keys."""
+        self.fs = PerProcess(fs)
         self.keys: list[str] = []
         self.labels: list[str | int] = []
         self.stamps: list[str] = []
         self.size = 0
         self._places: list[tuple[str, int, int]] = []  # file, row group, row in it
-        for info in infos:
-            file = _parquet(fs, info["name"], os.getpid())
-            image, label, self.classes = _columns(file, info["name"])
+        columns = set()
+        for name, info in infos.items():
+            file = _parquet(self, info["name"], os.getpid())
+            self.image, label, self.classes = _columns(file, info["name"])
+            columns.add((self.image, label, self.classes))
             labels = file.read([label]).column(0).to_pylist()
             self.labels += labels
-            self.keys += [f"{info['name'].rsplit('/', 1)[-1]}/{row:06d}" for row in range(len(labels))]
+            self.keys += [f"{name}/{row:06d}" for row in range(len(labels))]
             self.stamps += [stamp({**info, "row": row}) for row in range(len(labels))]
             for group in range(file.metadata.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 self._places += [(info["name"], group, row) for row in range(metadata.num_rows)]
-                columns = [metadata.column(i) for i in range(metadata.num_columns)]
-                self.size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{image}.bytes")
-            self._image = image
+                chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+                self.size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == f"{self.image}.bytes")
+        if len(columns) > 1:
+            raise ValueError(f"data.source: {', '.join(infos)}: they differ in the names of their columns or classes")
 
     def read(self, index: int) -> bytes:
         path, group, row = self._places[index]
-        images = _row_group(self._fs, path, group, self._image, os.getpid())
-        payload = images[row].as_py()["bytes"]
-        if payload is None:
-            raise ValueError("the row has no image bytes, only a path")
-        return payload
+        image = _row_group(self, path, group, os.getpid())[row].as_py()
+        if image is None or image["bytes"] is None:
+            raise ValueError("the row has no image bytes")
+        return image["bytes"]
 
 
 @functools.lru_cache(maxsize=16)
-def _parquet(fs: AbstractFileSystem, path: str, pid: int) -> Any:
+def _parquet(files: ParquetFiles, path: str, pid: int) -> Any:
     """An open Parquet file of this process: one that was opened before a fork is not shared."""
     try:
         import pyarrow
@@ -119,15 +146,15 @@ def _parquet(fs: AbstractFileSystem, path: str, pid: int) -> Any:
     except ImportError:
         raise ValueError("data.source: Parquet files need pyarrow: pip install 'latentmill[parquet]'") from None
     try:
-        return pyarrow.parquet.ParquetFile(fs.open(path))
+        return pyarrow.parquet.ParquetFile(files.fs.here().open(path))
     except pyarrow.ArrowException as error:
         raise ValueError(f"data.source: {path}: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)
-def _row_group(fs: AbstractFileSystem, path: str, group: int, image: str, pid: int) -> Any:
+def _row_group(files: ParquetFiles, path: str, group: int, pid: int) -> Any:
     """The column of images of a row group, which is read whole: neighbours are asked for next."""
-    return _parquet(fs, path, pid).read_row_group(group, columns=[image]).column(0)
+    return _parquet(files, path, pid).read_row_group(group, columns=[files.image]).column(0)
 
 
 def _columns(file: Any, path: str) -> tuple[str, str, tuple[str, ...] | None]:

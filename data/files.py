@@ -6,17 +6,21 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import fsspec
 import numpy as np
 from fsspec import AbstractFileSystem
+from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from data.archives import ParquetFiles, TarShards
+from data.archives import ParquetFiles, PerProcess, TarShards
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image, is_image
 from data.source import Batch, digest, printable, stamp
 
@@ -75,26 +79,31 @@ class ImageFiles:
 
 def open_container(url: str) -> Container:
     """The images at a path or URL, in the container that is found there."""
-    if re.search(r"://[^/]*@", url):
+    if re.search(r"://[^/]*(@|:(?!\d*(/|$)))", url):  # a secret key may hold slashes; a port is a number
         raise ValueError("data.source: a URL with credentials would end up in logs: give these by the environment")
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"data.source: {url}: {error}") from error
+    top = root
     if fs.isdir(root):
         files = _archives_in(fs, root)
         if not files:
             return Folder(fs, root)
     else:
+        top = root.split("*")[0].rpartition("/")[0]
         files = sorted(fs.glob(root)) if "*" in root else [root]
         if not files or not fs.exists(files[0]):
             raise ValueError(f"data.source: no such folder or file: {url}")
     suffixes = {os.path.splitext(file)[1] for file in files}
-    infos = [fs.info(file) for file in files]
+    infos = {file.removeprefix(top).lstrip("/"): fs.info(file) for file in files}
     if suffixes == {".zip"} and len(files) == 1:
-        return Folder(fsspec.filesystem("zip", fo=fs.open(files[0]), skip_instance_cache=True), "", url=url)
+        try:
+            return Folder(fsspec.filesystem("zip", fo=OpenFile(fs, files[0])), "")
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"data.source: {url}: {error}") from error
     if suffixes == {".tar"}:
-        return TarShards(fs, infos, _read_classes(fs, files[0].rsplit("/", 1)[0]))
+        return TarShards(fs, infos, _read_classes(fs, files[0].rpartition("/")[0]))
     if suffixes == {".parquet"}:
         return ParquetFiles(fs, infos)
     raise ValueError(f"data.source: {url}: give a folder, one .zip, or .tar or .parquet files")
@@ -107,17 +116,19 @@ class Folder:
     folders' names, in sorted order or in that of classes.txt.
     """
 
-    def __init__(self, fs: AbstractFileSystem, root: str, *, url: str = "") -> None:
-        """`fs` may be an open zip file, which every process opens anew by its `url`."""
-        self._fs, self._root, self._url, self._pid = fs, root.rstrip("/"), url, os.getpid()
-        found = dict(sorted(_local_files(root) if isinstance(fs, LocalFileSystem) else _remote_files(fs, root)))
+    def __init__(self, fs: AbstractFileSystem, root: str) -> None:
+        """`fs` may be an open zip file."""
+        self._fs, self._root, self._local = PerProcess(fs), root.rstrip("/"), isinstance(fs, LocalFileSystem)
+        found = dict(sorted(_local_files(root) if self._local else _remote_files(fs, root)))
         self.classes = _read_classes(fs, self._root)
         lists = [name for name in _LISTS if name in found]
         listed = _read_list(fs.cat_file(self._path(lists[0])), lists[0]) if lists else None
         if listed is None:
             listed = {key: key.split("/")[0] for key in found if "/" in key and is_image(key)}
         self.keys = list(listed)
-        self.labels: list[str | int] = [key.split("/")[0] if label is None else label for key, label in listed.items()]
+        self.labels: list[str | int] = [
+            key.split("/")[0] if label is None and "/" in key else label for key, label in listed.items()
+        ]
         infos = [found.get(key, (0, "missing")) for key in self.keys]
         self._sizes = [size for size, _ in infos]
         self.stamps = [stamp for _, stamp in infos]
@@ -127,13 +138,13 @@ class Folder:
         if self._sizes[index] > MAX_FILE_BYTES:
             raise ValueError(f"{self._sizes[index]} bytes, over the limit of {MAX_FILE_BYTES}")
         path = self._path(self.keys[index])
-        if isinstance(self._fs, LocalFileSystem):
+        if self._local:
             with open(path, "rb") as file:
                 return file.read()
-        if self._url and self._pid != os.getpid():  # forked processes would share the place in the open file
-            fo = fsspec.open(self._url).open()
-            self._fs, self._pid = fsspec.filesystem("zip", fo=fo, skip_instance_cache=True), os.getpid()
-        return self._fs.cat_file(path)
+        try:
+            return self._fs.here().cat_file(path)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"damaged in the zip file: {error}") from error
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if self._root else key
@@ -141,8 +152,12 @@ class Folder:
 
 def _archives_in(fs: AbstractFileSystem, root: str) -> list[str]:
     """Tar or Parquet files in a folder, or in its folder `data`, as data sets on the hub have it."""
-    for pattern in ("*.tar", "*.parquet", "data/*.parquet"):
-        files = sorted(fs.glob(f"{root.rstrip('/')}/{pattern}"))
+    top = root.rstrip("/")
+    for folder, suffix in ((top, ".tar"), (top, ".parquet"), (f"{top}/data", ".parquet")):
+        listed = fs.ls(folder, detail=False) if fs.isdir(folder) else []
+        files = sorted(
+            file for file in listed if file.endswith(suffix) and not posixpath.basename(file).startswith(".")
+        )
         if files:
             return files
     return []
@@ -183,33 +198,44 @@ def _read_classes(fs: AbstractFileSystem, folder: str) -> tuple[str, ...] | None
     path = f"{folder}/{CLASSES}" if folder else CLASSES
     if not fs.exists(path):
         return None
-    return tuple(line.split("\t")[0] for line in fs.cat_file(path).decode().splitlines() if line.strip())
+    text = fs.cat_file(path).decode("utf-8-sig", "surrogateescape")  # folders' names need not be UTF-8 either
+    return tuple(line.split("\t")[0] for line in text.splitlines() if line.strip())
 
 
 def _read_list(payload: bytes, name: str) -> dict[str, Any] | None:
-    """Key -> label, None where the list has no labels; None where it lists nothing."""
-    text = payload.decode("utf-8-sig")
+    """Key -> label, None where the list has no label for it; None where it has no labels at all."""
     try:
+        text = payload.decode("utf-8-sig")
         if name == "dataset.json":
             labels = json.loads(text)["labels"]
-            return None if labels is None else {str(key): label for key, label in labels}
-        lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(json.loads, text.splitlines())
+            return None if labels is None else {_key(file): label for file, label in labels}
+        lines: Any = csv.DictReader(io.StringIO(text))
+        if name == "metadata.jsonl":
+            lines = (json.loads(line) for line in text.split("\n") if line.strip())
         listed = {}
         for line in lines:
             label = line.get("label")
-            listed[str(line["file_name"])] = int(str(label)) if str(label).isdecimal() else label
+            listed[_key(line["file_name"])] = int(str(label)) if str(label).isdecimal() else label or None
         return listed
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"data.source: {name}: {type(error).__name__}: {error}: see docs/data.md") from error
+
+
+def _key(file_name: str) -> str:
+    """The key of a file that a list names, which is below the list."""
+    key = posixpath.normpath(file_name)
+    if key.startswith(("../", "/")):
+        raise ValueError(f"{file_name} leads out of the folder")
+    return key
 
 
 def _number_classes(container: Container, url: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Names of the classes and the number of every image's class."""
     labels, names = container.labels, container.classes
-    numbered = isinstance(labels[0], int)
-    if any(isinstance(label, int) != numbered for label in labels) or not isinstance(labels[0], int | str):
+    kinds = {type(label) for label in labels}
+    if kinds not in ({int}, {str}):
         raise ValueError(f"data.source: {url}: labels are all numbers or all names; some are missing or differ in kind")
-    if numbered:
+    if kinds == {int}:
         numbers = np.array(labels, np.int64)
         names = names or tuple(map(str, range(int(numbers.max()) + 1)))
         if numbers.min() < 0 or numbers.max() >= len(names):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs: Ghostscript
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
 PREPROCESSING = "v1: EXIF rotation, RGB over {matte}, shorter side resized (bicubic), centre crop"
 DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is recorded with the image's key
@@ -61,7 +62,7 @@ def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.
 
 def _open(payload: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(payload))
+        return Image.open(io.BytesIO(payload), formats=FORMATS)
     except UnidentifiedImageError:  # its own text holds an address in memory, another one in each run
         raise ValueError("of no image format that is read here, or damaged in its first bytes") from None
 

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
+_held: set[TextIO] = set()  # locks of this process
 
 
 def publish(path: Path, payload: bytes) -> None:
@@ -27,20 +28,20 @@ def publish(path: Path, payload: bytes) -> None:
 
     One writer a path at a time. OSError, with the path, when the disk is full or refuses.
     """
-    make_folder(path.parent)
     staged = path.with_name(_STAGED + path.name)
-    try:
-        with open(staged, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is the one to tell; a full disk wants its room back
-            os.unlink(staged)
-        reason = f"{error.strerror or error} (while writing; what was finished stays, the same command goes on)"
-        raise OSError(error.errno, reason, str(path)) from error
+    with _telling(path, "writing"):
+        try:
+            make_folder(path.parent)
+            with open(staged, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+            _sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell; a full disk wants its room back
+                os.unlink(staged)
+            raise
 
 
 def publish_json(path: Path, value: Any) -> None:
@@ -81,17 +82,18 @@ def make_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds; one that is not there is fine."""
-    if path.is_dir() and not path.is_symlink():
-        for folder, folders, files in os.walk(path, topdown=False):
-            for name in files:
-                os.unlink(os.path.join(folder, name))
-            for name in folders:
-                inner = os.path.join(folder, name)
-                os.unlink(inner) if os.path.islink(inner) else os.rmdir(inner)
-        os.rmdir(path)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    with _telling(path, "deleting"):
+        if path.is_dir() and not path.is_symlink():
+            for folder, folders, files in os.walk(path, topdown=False):
+                for name in files:
+                    os.unlink(os.path.join(folder, name))
+                for name in folders:
+                    inner = os.path.join(folder, name)
+                    os.unlink(inner) if os.path.islink(inner) else os.rmdir(inner)
+            os.rmdir(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def probe(folder: Path, field: str) -> None:
@@ -120,19 +122,16 @@ def claim(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     Held by another process, it is waited for or, without `wait`, a ValueError names that process; `what` says what
     is being done. Locks are advisory (flock): on a file system without them, OSError says so.
     """
-    make_folder(file.parent)
-    while True:
-        with open(file, "a+", encoding="utf-8") as handle:
-            if not _try_lock(handle.fileno(), wait=wait):
-                handle.seek(0)
-                raise ValueError(f"{file.parent.parent}: {handle.read() or 'another process'} is at work on it")
-            if os.fstat(handle.fileno()).st_nlink == 0:  # its last holder deleted it between our open and our lock
-                continue
-            handle.truncate(0)
-            handle.write(f"{what}, process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')},")
-            handle.flush()
+    with _telling(file, "locking"):
+        handle = _take(file, what, wait=wait)
+    with handle:
+        _held.add(handle)
+        try:
             yield
-            return
+        finally:
+            _held.discard(handle)
+            with contextlib.suppress(OSError):  # it is free all the same
+                os.unlink(file)
 
 
 def holder(file: Path) -> str | None:
@@ -144,10 +143,48 @@ def holder(file: Path) -> str | None:
         return None
 
 
+def _take(file: Path, what: str, *, wait: bool) -> TextIO:
+    """The lock `file`, open, with its holder's name in it; it is held until it is closed."""
+    make_folder(file.parent)
+    while True:
+        with contextlib.ExitStack() as stack:
+            handle = stack.enter_context(open(file, "a+", encoding="utf-8"))
+            if not _try_lock(handle.fileno(), wait=wait):
+                handle.seek(0)
+                raise ValueError(f"{file.parent.parent}: {handle.read() or 'another process'} is at work on it")
+            if os.fstat(handle.fileno()).st_nlink == 0:  # its last holder deleted it between our open and our lock
+                continue
+            handle.truncate(0)
+            handle.write(f"{what}, process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')},")
+            handle.flush()
+            stack.pop_all()
+            return handle
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _let_go() -> None:
+    """A forked process has no part in its parent's locks: it would keep them when the parent is killed."""
+    for handle in _held:
+        handle.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def _telling(path: Path, doing: str) -> Iterator[None]:
+    """An OSError from here names `path`, as the kernel does not always, and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error} (while {doing}; what was finished stays, the same command goes on)"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def _try_lock(handle: int, *, wait: bool) -> bool:

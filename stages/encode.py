@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.cache import FAILURES, FORMATS, SHARD_ROWS
-from data.manifest import Failure, Manifest, Plan
+from data.manifest import MANIFEST, Failure, Manifest, Plan
 from data.rows import Change, Rows
 from data.source import Batch, Source, open_source, printable
 from data.storage import free_bytes, probe
@@ -37,6 +37,8 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         raise ValueError(
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
+    if extend or retry_failed or not (config.cache.path / MANIFEST).exists():
+        probe(config.cache.path, "cache.path")  # before models are loaded and images listed
     source = open_config_source(config)
     vae = FrozenVae(config.vae.source, pick_device())
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
@@ -45,7 +47,6 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         if job.number == 0:
             print(f"encode: all done: {config.cache.path}")
         return
-    probe(config.cache.path, "cache.path")
     with writer.claimed():
         if retry_failed:
             writer.redo([failure.row for failure in recorded_failures(config.cache.path)])

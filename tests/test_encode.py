@@ -286,9 +286,10 @@ def test_encode_says_what_it_needs_and_does_not_start_without_room(
     assert "left" in said
 
 
-def test_an_output_that_cannot_be_written_is_refused_at_once(config: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(config: Path) -> None:
     (config.parent / "file").write_bytes(b"")
-    refuse(run_stage("encode", config, config.parent, f"cache.path={config.parent / 'file' / 'cache'}"), "cache.path")
+    overrides = (f"cache.path={config.parent / 'file' / 'cache'}", "vae.source=nowhere", "data.source=nowhere")
+    refuse(run_stage("encode", config, config.parent, *overrides), "cache.path")
 
 
 @pytest.mark.parametrize("format_", ["zarr", "webdataset"])
@@ -370,6 +371,15 @@ def test_training_from_either_format_is_the_same_to_the_bit(world: World, tmp_pa
     for name in ("model.safetensors", "ema/diffusion_pytorch_model.safetensors"):
         newest = Path("checkpoints/000000048") / name
         assert (tmp_path / "run" / newest).read_bytes() == (world.run / newest).read_bytes()
+
+
+def test_latents_are_normalised_by_the_scaling_of_the_vae_where_asked(world: World, tmp_path: Path) -> None:
+    succeed("train", world.config, tmp_path, "train.normalization=vae", "train.images=16")
+    state = json.loads(next(tmp_path.glob("checkpoints/*/state.json")).read_text())
+    vae = Manifest.load(world.cache).vae
+    assert state["normalization"] == {"mean": [vae.shift_factor] * 4, "std": [1 / vae.scaling_factor] * 4}
+    result = run_stage("train", world.config, tmp_path, "train.images=32")
+    refuse(result, "train.normalization")
 
 
 def test_nothing_learnt_from_a_damaged_shard_is_kept(world: World, tmp_path: Path) -> None:
