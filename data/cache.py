@@ -38,12 +38,14 @@ class LatentCache:
         self._check_sizes()
         labels: NDArray[np.int64] = self._format.decode_labels(verified(path, self.manifest, self._format.LABELS))
         self.rows = np.flatnonzero(labels >= 0)
-        if (len(labels), len(self.rows)) != (self.manifest.rows, self.manifest.committed):
+        shards, shard = self.manifest.shards, self.rows // self.manifest.shard_rows
+        committed = np.bincount(shard, minlength=len(shards))
+        if len(labels) != self.manifest.rows or committed.tolist() != [s.rows - s.failed for s in shards]:
             raise ValueError(f"{path / self._format.LABELS}: labels of other images than the manifest's: {_REMEDY}")
         self.labels = labels[self.rows]
-        shards = self.manifest.shards
-        committed = [shard.rows - shard.failed for shard in shards]
-        self._committed_before = np.cumsum([0, *committed[:-1]])  # of each shard
+        before = np.cumsum(committed) - committed  # images in the shards before each one
+        packed = np.arange(len(self.rows)) - before[shard]
+        self._places = self.rows % self.manifest.shard_rows if self._format.KEEPS_FAILED else packed
         self._layout = self._format.layout(self.manifest)
         self._moments = self._layout.map([path / shard.file for shard in shards], self.manifest)
 
@@ -52,11 +54,8 @@ class LatentCache:
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
         """Moments of the images `indices` in their order: `n V 2C h w` in the cache's type."""
-        shards, places = np.divmod(self.rows[indices], self.manifest.shard_rows)
-        if not self._format.KEEPS_FAILED:
-            places = indices - self._committed_before[shards]
-        blocks, rows = np.divmod(places, self._layout.rows)
-        return self._moments[shards, blocks, rows]
+        blocks, rows = np.divmod(self._places[indices], self._layout.rows)
+        return self._moments[self.rows[indices] // self.manifest.shard_rows, blocks, rows]
 
     def keys(self) -> list[str]:
         """The key of every committed image."""
@@ -76,9 +75,9 @@ class LatentCache:
     def _check_sizes(self) -> None:
         """Before anything is allocated or opened: names and sizes follow from the format and the plan."""
         manifest = self.manifest
-        others = {file.file for file in manifest.files}
-        if others != {*self._format.OTHER_FILES, ROWS, FAILURES}:
-            raise ValueError(f"{self.path}: files = {sorted(others)}: not those of a {manifest.format} cache")
+        others = sorted(file.file for file in manifest.files)
+        if others != sorted([*self._format.OTHER_FILES, ROWS, FAILURES]):
+            raise ValueError(f"{self.path}: files = {others}: not those of a {manifest.format} cache")
         for number, shard in enumerate(manifest.shards):
             places = shard.rows if self._format.KEEPS_FAILED else shard.rows - shard.failed
             expected = (self._format.shard_file(number), self._format.shard_size(manifest, places))

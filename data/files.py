@@ -79,7 +79,8 @@ class ImageFiles:
 
 def open_container(url: str) -> Container:
     """The images at a path or URL, in the container that is found there."""
-    if re.search(r"://[^/]*(@|:(?!\d*(/|$)))", url):  # a secret key may hold slashes; a port is a number
+    # A secret key may hold slashes before its @, so a colon says enough; but a port is a number.
+    if any(re.search(r"://[^/]*(@|:(?!\d*(/|$)))", part) for part in url.split("::")):
         raise ValueError("data.source: a URL with credentials would end up in logs: give these by the environment")
     try:
         fs, root = fsspec.core.url_to_fs(url)

@@ -35,7 +35,7 @@ class Layout:
         A shard with fewer rows ends before its part of the array does, and there is nothing behind its end: the sizes
         of the files must have been checked, and no place past the last row be read.
         """
-        blocks = -(-plan.shard_rows // self.rows)
+        blocks = -(-min(plan.shard_rows, plan.rows) // self.rows)
         page = mmap.ALLOCATIONGRANULARITY
         stride = -(-blocks * self.block_bytes(plan) // page) * page
         dtype = np.dtype(plan.dtype).newbyteorder("<")

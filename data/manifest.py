@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Model = TypeVar("Model", bound=BaseModel)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(gt=0, lt=2**63)]  # of what numpy counts
 
 
 class _Record(BaseModel):
@@ -44,8 +45,8 @@ class Plan(_Record):
     dtype: Literal["float16", "float32"]
     views: tuple[Literal["identity", "flip"], ...] = Field(min_length=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels (2C for moments), h, w
-    rows: PositiveInt
-    shard_rows: PositiveInt
+    rows: Count
+    shard_rows: Count
     batch_size: PositiveInt
     classes: tuple[str, ...]
     data_source: str

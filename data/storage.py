@@ -130,24 +130,27 @@ def claim(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             _held.discard(handle)
-            with contextlib.suppress(OSError):  # it is free all the same
+            with contextlib.suppress(OSError):  # it is free all the same, and others may have theirs beside it
                 os.unlink(file)
+                os.rmdir(file.parent)
 
 
 def holder(file: Path) -> str | None:
-    """Who holds the lock `file`; None when nobody does."""
-    try:
-        with open(file, "r+", encoding="utf-8") as handle:
-            return None if _try_lock(handle.fileno(), wait=False) else handle.read() or "another process"
-    except FileNotFoundError:
-        return None
+    """Who holds the lock `file`; None when nobody does. One that a killed process left is deleted."""
+    with contextlib.suppress(FileNotFoundError), open(file, "r+", encoding="utf-8") as handle:
+        if not _try_lock(handle.fileno(), wait=False):
+            return handle.read() or "another process"
+        os.unlink(file)
+    return None
 
 
 def _take(file: Path, what: str, *, wait: bool) -> TextIO:
     """The lock `file`, open, with its holder's name in it; it is held until it is closed."""
-    make_folder(file.parent)
     while True:
-        with contextlib.ExitStack() as stack:
+        make_folder(file.parent.parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(file.parent)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # else its folder went just now
             handle = stack.enter_context(open(file, "a+", encoding="utf-8"))
             if not _try_lock(handle.fileno(), wait=wait):
                 handle.seek(0)

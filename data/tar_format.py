@@ -58,4 +58,4 @@ def other_files(plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
 
 def decode_labels(payload: bytes) -> NDArray[np.int64]:
     """`label[N]` from the bytes of its file, whose SHA-256 was checked."""
-    return np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False).astype(np.int64)
+    return np.frombuffer(payload[_NPY_HEADER:], "<i8").astype(np.int64)

@@ -6,9 +6,10 @@ its record once it is published. To change a finished cache is to reopen it: its
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,16 +85,15 @@ class CacheWriter:
                 at_work = holder(other) if other.name.split("-of-")[1] != str(self.job.jobs) else None
                 if at_work:
                     raise ValueError(f"{self.path}: {at_work} is at work on it, with another number of jobs")
-            with claim(locks / "manifest", f"job {self.job}", wait=True):
+            with self._locked():
                 check_plan(self.path, self.plan, ignored=self._may_differ)
                 self._start()
             yield
 
     def pending(self) -> list[int]:
         """Numbers of this job's shards that are not there yet."""
-        if self.done:
-            return []
-        return [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
+        missing = [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
+        return [] if self.done else missing  # asked last: a job that finishes deletes the records
 
     def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
         """The rows of a pending shard whose moments `write` asks for: all but what an older version of it holds."""
@@ -112,9 +112,9 @@ class CacheWriter:
             values[fresh - rows.start] = moments
         broken = fresh[~np.isfinite(values[fresh - rows.start]).all(axis=(1, 2, 3, 4))]
         reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
-        if kept:
+        if kept and kept.rows:
             values[np.array(kept.rows, np.int64) - rows.start] = self._kept_values(shard, kept)
-            reasons |= {failure.row: failure.reason for failure in kept.failures}
+        reasons |= {failure.row: failure.reason for failure in kept.failures} if kept else {}
         labels = self.rows.labels[rows.start : rows.stop].copy()
         labels[[row - rows.start for row in reasons]] = -1
         payload = self._format.encode_shard(self.plan, shard, values, labels)
@@ -130,11 +130,12 @@ class CacheWriter:
 
     def write_failures(self) -> None:
         """Publish `failures.jsonl` of what is there so far."""
-        publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
+        with self._locked():
+            publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
 
     def finish(self) -> Manifest | None:
         """Write what is left once every job's shards are there, the manifest last; None while some are not."""
-        with claim(self.path / _LOCKS / "manifest", f"job {self.job}", wait=True):
+        with self._locked():
             if not self.done:
                 if not all(self._record(i).exists() for i in range(self.plan.shard_count)):
                     return None
@@ -145,8 +146,16 @@ class CacheWriter:
     def redo(self, rows: Iterable[int]) -> None:
         """Make a finished or an unfinished cache lack `rows`; the others of their shards are kept.
 
-        Until its last step a finished cache stays what it was.
+        A finished cache stays what it was until all is prepared and its manifest goes.
         """
+        with self._locked():
+            self._reopen(rows)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        """Plan, rows, failures and manifest are all jobs': one at a time changes them."""
+        return claim(self.path / _LOCKS / "manifest", f"job {self.job}", wait=True)
+
+    def _reopen(self, rows: Iterable[int]) -> None:
         again: dict[int, set[int]] = {}
         for row in rows:
             again.setdefault(row // self.plan.shard_rows, set()).add(row)
@@ -162,7 +171,7 @@ class CacheWriter:
     def _start(self) -> None:
         found = existing_plan(self.path)
         if found and found.rows != self.plan.rows:
-            self.redo([])
+            self._reopen([])
         elif not self.done:
             if not found:
                 publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
@@ -182,15 +191,14 @@ class CacheWriter:
         if not redo and rows == len(self.plan.rows_of(number)):
             publish_json(self._record(number), record.model_dump(mode="json"))
             return
+        shard = KeptShard(
+            file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
+            rows=tuple(row for row, _ in kept),
+            places=tuple(place for _, place in kept),
+            failures=tuple(failure for failure in record.failures if failure.row not in redo),
+        )
         remove(self._record(number, "kept"))
-        if kept:
-            shard = KeptShard(
-                file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
-                rows=tuple(row for row, _ in kept),
-                places=tuple(place for _, place in kept),
-                failures=tuple(failure for failure in record.failures if failure.row not in redo),
-            )
-            publish_json(self._record(number, "kept.json"), shard.model_dump(mode="json"))
+        publish_json(self._record(number, "kept.json"), shard.model_dump(mode="json"))
         remove(self._record(number))
 
     def _kept(self, shard: int) -> KeptShard | None:
@@ -214,7 +222,8 @@ class CacheWriter:
         records = recorded(self.path).values()
         shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
         if len(failures) == self.plan.rows:
-            for name in (self._format.FOLDER, _RECORDS, _PLAN, ROWS):  # not the folder: it may hold what is not ours
+            others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES)
+            for name in (_RECORDS, *others, _PLAN):  # not the folder: it may hold what is not ours
                 remove(self.path / name)
             raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
@@ -234,8 +243,10 @@ class CacheWriter:
         ).save(self.path)
 
     def _tidy(self) -> None:
-        for name in (_RECORDS, _PLAN, _LOCKS):
+        for name in (_RECORDS, _PLAN):
             remove(self.path / name)
+        for lock in (self.path / _LOCKS).iterdir():
+            holder(lock)  # deletes those of killed processes; the others go with their holders
 
     def _record(self, shard: int, suffix: str = "json") -> Path:
         return self.path / _RECORDS / f"{shard:06d}.{suffix}"
@@ -246,10 +257,13 @@ def existing_plan(path: Path) -> Plan | None:
 
     ValueError when the folder holds something else.
     """
+    planned = None
+    with contextlib.suppress(FileNotFoundError):  # read first: it is deleted once the manifest is there
+        planned = (path / _PLAN).read_bytes()
     if (path / MANIFEST).exists():
         return Manifest.load(path).plan()
-    if (path / _PLAN).exists():
-        return parse(Plan, (path / _PLAN).read_bytes(), path / _PLAN)
+    if planned is not None:
+        return parse(Plan, planned, path / _PLAN)
     if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
     return None
@@ -261,8 +275,9 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
     Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again.
     """
     if not (path / MANIFEST).exists():
-        files = sorted((path / _RECORDS).glob("*[0-9].json"))
-        return {int(file.stem): parse(ShardRecord, file.read_bytes(), file) for file in files}
+        files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
+        with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
+            return {int(file.stem): parse(ShardRecord, file.read_bytes(), file) for file in files}
     manifest = Manifest.load(path)
     failures: dict[int, list[Failure]] = {}
     listed = next(file for file in manifest.files if file.file == FAILURES)
