@@ -29,7 +29,7 @@ from PIL import Image
 from data.files import ImageFiles
 from data.writer import Job
 from pipeline.vae import FrozenVae, to_pixels
-from stages.config import Config, load_config
+from stages.config import Cache, Config, load_config
 from stages.encode import encode
 
 VIEWS = 2
@@ -38,13 +38,13 @@ VIEWS = 2
 @click.command()
 @click.argument("photos", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--rounds", default=3, show_default=True)
-@click.option(
-    "--seconds", default=20.0, show_default=True, help="Of the bare encoder, a round."
-)
+@click.option("--seconds", default=20.0, show_default=True, help="Of the bare encoder, a round.")
+@click.option("--workers", default=Cache().workers, show_default=True, help="cache.workers of the whole stage.")
+@click.option("--memory/--no-memory", default=True, help="Measure the peak memory, too.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Also write the figures to this file.")
-def main(photos: Path, rounds: int, seconds: float, report: Path | None) -> None:
+def main(photos: Path, rounds: int, seconds: float, workers: int, memory: bool, report: Path | None) -> None:
     """Measure on PHOTOS, a folder of class folders of 32x32 images such as CIFAR-10."""
-    config = load_config(Path("configs/cifar10.yaml"), [f"data.source={photos}"])
+    config = load_config(Path("configs/cifar10.yaml"), [f"data.source={photos}", f"cache.workers={workers}"])
     source = ImageFiles(str(photos), image_size=config.data.image_size)
     vae = FrozenVae(config.vae.source)
     files = [photos / key for key in source.keys]
@@ -55,15 +55,18 @@ def main(photos: Path, rounds: int, seconds: float, report: Path | None) -> None
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        for name, measure in ways.items():
-            rates[name].append(measure())
+        for name in ("bare encoder", "whole stage", "bare encoder", "plain script"):  # the machine's speed drifts
+            rates[name].append(ways[name]())
             print(f"round {number + 1}  {name:13} {rates[name][-1]:8.0f} images/s", flush=True)
+    bare = [statistics.mean(rates["bare encoder"][2 * i : 2 * i + 2]) for i in range(rounds)]
+    ratios = [stage / around for stage, around in zip(rates["whole stage"], bare, strict=True)]
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    peaks = {count: _peak_memory(photos, source, count) for count in (len(files) // 10, len(files))}
+    counts = (len(files) // 10, len(files)) if memory else ()
+    peaks = {count: _peak_memory(photos, source, count) for count in counts}
     for name, value in medians.items():
-        low, high = min(rates[name]), max(rates[name])
-        ratio = value / medians["bare encoder"]
-        print(f"{name:13} {value:8.0f} images/s ({low:.0f} to {high:.0f}), {ratio:.3f} of the bare encoder")
+        print(f"{name:13} {value:8.0f} images/s ({min(rates[name]):.0f} to {max(rates[name]):.0f})")
+    rounded = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"whole stage / bare encoder before and after it: {statistics.median(ratios):.3f} (rounds: {rounded})")
     print(f"whole stage / plain script: {medians['whole stage'] / medians['plain script']:.2f}")
     for count, peak in peaks.items():
         print(f"peak memory of encode, {count:,} images: {peak / 1024:.0f} MiB")

@@ -81,9 +81,9 @@ def _samples(file: Any, path: str) -> Iterator[tuple[str, tarfile.TarInfo, str |
                     if label is not None:
                         labels[key] = label
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-            file.seek(tar.offset)  # tarfile takes a damaged header, but for the first, for the end
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise ValueError(f"damaged at byte {tar.offset}")
+            file.seek(tar.offset)  # tarfile takes all but the first damaged header for the end, which is a zero block
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"truncated or damaged at byte {tar.offset}")
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ValueError(f"data.source: {path}: {type(error).__name__}: {error}") from error
     for key, member in images.items():

@@ -25,6 +25,7 @@ from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image, i
 from data.source import Batch, digest, printable, stamp
 
 MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
+MAX_CLASSES = 1_000_000  # where their names are not known
 CLASSES = "classes.txt"
 _LISTS = ("metadata.csv", "metadata.jsonl", "dataset.json")
 
@@ -170,12 +171,16 @@ def _local_files(root: str) -> Iterator[tuple[str, tuple[int, str]]]:
     """
     tops = [entry.path for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
     for top in [root, *tops]:
-        for parent, inner, files in os.walk(top):
+        for parent, inner, files in os.walk(top, onerror=_refuse):
             inner[:] = [] if top == root else [name for name in inner if not name.startswith(".")]
+            folder = "" if parent == root else os.path.relpath(parent, root).replace(os.sep, "/") + "/"
             for name in files:
                 if not name.startswith("."):
-                    path = os.path.join(parent, name)
-                    yield os.path.relpath(path, root).replace(os.sep, "/"), _local_info(path)
+                    yield folder + name, _local_info(os.path.join(parent, name))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"data.source: {error.filename}: {error.strerror}") from error
 
 
 def _local_info(path: str) -> tuple[int, str]:
@@ -183,7 +188,7 @@ def _local_info(path: str) -> tuple[int, str]:
         info = os.stat(path)
     except OSError:  # a dangling link, or gone since it was listed: reading it will say so
         return 0, "unreadable"
-    return info.st_size, stamp({"size": info.st_size, "mtime": info.st_mtime_ns})
+    return info.st_size, f"{info.st_size}-{info.st_mtime_ns}"
 
 
 def _remote_files(fs: AbstractFileSystem, root: str) -> Iterator[tuple[str, tuple[int, str]]]:
@@ -215,8 +220,8 @@ def _read_list(payload: bytes, name: str) -> dict[str, Any] | None:
             lines = (json.loads(line) for line in text.split("\n") if line.strip())
         listed = {}
         for line in lines:
-            label = line.get("label")
-            listed[_key(line["file_name"])] = int(str(label)) if str(label).isdecimal() else label or None
+            key, label = _key(line["file_name"]), line.get("label")
+            listed[key] = int(str(label)) if str(label).isdecimal() else label or None
         return listed
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"data.source: {name}: {type(error).__name__}: {error}: see docs/data.md") from error
@@ -237,12 +242,14 @@ def _number_classes(container: Container, url: str) -> tuple[tuple[str, ...], ND
     if kinds not in ({int}, {str}):
         raise ValueError(f"data.source: {url}: labels are all numbers or all names; some are missing or differ in kind")
     if kinds == {int}:
+        limit = len(names) if names else MAX_CLASSES
+        for key, label in zip(container.keys, labels, strict=True):
+            if not 0 <= int(label) < limit:
+                raise ValueError(
+                    f"data.source: {url}: {key}: its label {label} is none of the {limit:,} classes from 0 on"
+                )
         numbers = np.array(labels, np.int64)
-        names = names or tuple(map(str, range(int(numbers.max()) + 1)))
-        if numbers.min() < 0 or numbers.max() >= len(names):
-            wrong = container.keys[int(np.argmax((numbers < 0) | (numbers >= len(names))))]
-            raise ValueError(f"data.source: {url}: {wrong}: its label is none of the {len(names)} classes, 0 and up")
-        return names, numbers
+        return names or tuple(map(str, range(int(numbers.max()) + 1))), numbers
     names = names or tuple(sorted(set(map(str, labels))))
     number = {name: i for i, name in enumerate(names)}
     for key, label in zip(container.keys, labels, strict=True):

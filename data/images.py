@@ -80,7 +80,8 @@ def _to_rgb(image: Image.Image, matte: str) -> Image.Image:
         image = image.convert("RGBA")
         below = Image.new("RGBA", image.size, ImageColor.getrgb(matte))
         return Image.alpha_composite(below, image).convert("RGB")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
