@@ -42,11 +42,13 @@ class Rows:
         """What a cache's `rows.jsonl` says."""
         try:
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise ValueError(f"{file}: damaged: {error}: `latentmill verify --repair` writes it anew") from error
-        labels = np.array([line["label"] for line in lines], np.int64)
-        keys, stamps = [line["key"] for line in lines], [line["stamp"] for line in lines]
-        return cls(keys, labels, classes, stamps, np.arange(len(lines)))
+            keys, labels, stamps = ([line[name] for line in lines] for name in ("key", "label", "stamp"))
+            if not set(labels) <= set(range(len(classes))):
+                raise ValueError("a label that is none of the classes")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}: damaged: {reason}: `latentmill verify --repair` writes it anew") from error
+        return cls(keys, np.array(labels, np.int64), classes, stamps, np.arange(len(lines)))
 
     @classmethod
     def aligned(cls, source: Source, cache: Path, classes: tuple[str, ...]) -> tuple[Rows, Change]:

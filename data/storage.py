@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,12 +99,10 @@ def remove(path: Path) -> None:
 
 def probe(folder: Path, field: str) -> None:
     """ValueError, naming the config's `field`, when nothing can be written to `folder`: asked before long work."""
-    file = folder / f"{_STAGED}probe"
     try:
         make_folder(folder)
-        with open(file, "wb"):
+        with tempfile.TemporaryFile(dir=folder):  # of no name that another process may take or delete
             pass
-        os.unlink(file)
     except OSError as error:
         raise ValueError(f"{field}: cannot write to {folder}: {error.strerror}") from error
 
@@ -117,7 +116,7 @@ def free_bytes(folder: Path) -> int:
 
 @contextmanager
 def claim(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `file`, which the kernel frees when the process ends, however it ends.
+    """Hold the lock `file`, in a folder of locks, which the kernel frees when the process ends, however it ends.
 
     Held by another process, it is waited for or, without `wait`, a ValueError names that process; `what` says what
     is being done. Locks are advisory (flock): on a file system without them, OSError says so.

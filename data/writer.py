@@ -257,14 +257,16 @@ def existing_plan(path: Path) -> Plan | None:
 
     ValueError when the folder holds something else.
     """
+    # In this order: of jobs that begin or end meanwhile, the plan comes before other files and goes after the manifest.
+    files = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
     planned = None
-    with contextlib.suppress(FileNotFoundError):  # read first: it is deleted once the manifest is there
+    with contextlib.suppress(FileNotFoundError):
         planned = (path / _PLAN).read_bytes()
     if (path / MANIFEST).exists():
         return Manifest.load(path).plan()
     if planned is not None:
         return parse(Plan, planned, path / _PLAN)
-    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+    if files:
         raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
     return None
 
