@@ -46,3 +46,10 @@ def test_the_readme_lists_every_module_and_no_other() -> None:
     folders = ("data", "pipeline", "stages", "benchmarks")
     modules = {str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).glob("[a-z]*.py")}
     assert listed == modules
+
+
+def test_every_promise_names_tests_that_there_are() -> None:
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs/promises.md").read_text(encoding="utf-8"))
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in tests] == []
