@@ -288,8 +288,8 @@ def test_a_change_of_a_cache_that_is_killed_anywhere_and_repeated_equals_one_und
 ) -> None:
     """What is kept is told from what is encoded again by a shift of all that the second run encodes."""
     if command == "extend":
-        grown = first.plan.model_copy(update={"rows": 36, "data_fingerprint": "0" * 64, "data_bytes": 36_000})
-        second, expected = Encode(grown, {20: "unreadable"}, 0.5, change=True), set(range(20, 36))
+        grown = first.plan.model_copy(update={"rows": 24, "data_fingerprint": "0" * 64, "data_bytes": 24_000})
+        second, expected = Encode(grown, {20: "unreadable"}, 0.5, change=True), set(range(20, 24))
     else:
         second, expected = Encode(first.plan, {18: "still unreadable"}, 0.5, change=True, retry=True), {17, 18}
     if only:

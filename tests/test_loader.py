@@ -134,14 +134,17 @@ def test_latents_are_held_where_there_is_room_and_it_is_said(
 def test_an_error_of_reading_ahead_is_raised_when_its_batch_is_asked_for(
     cache: LatentCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = make_loader(cache, access="mapped")
-    batches.batch(0)
+    batches, read = make_loader(cache, access="mapped"), cache.read
+    third = batches.indices(2)
 
     def fail(indices: NDArray[np.int64]) -> NDArray[np.floating]:
-        raise OSError("the disk is gone")
+        if np.array_equal(indices, third):
+            raise OSError("the disk is gone")
+        return read(indices)
 
     monkeypatch.setattr(cache, "read", fail)
-    batches.batch(1)  # was read ahead
+    batches.batch(0)
+    batches.batch(1)  # reads ahead
     with pytest.raises(OSError, match="the disk is gone"):
         batches.batch(2)
 

@@ -130,7 +130,7 @@ def test_processes_at_work_at_once_write_the_same_files(
     tmp_path: Path, plan: Plan, rows: Rows, moments: Moments, whole: dict[str, bytes | None], jobs: int
 ) -> None:
     """Over and over, as they meet in another place each time."""
-    for number in range(10):
+    for number in range(6):
         path, (start, go) = tmp_path / f"run {number}", os.pipe()
 
         def work(number: int, path: Path = path, start: int = start, go: int = go) -> None:
