@@ -136,13 +136,11 @@ class LatentLoader:
         first = number * self._stretch_steps
         indices = np.concatenate([self.indices(step) for step in range(first, first + self._stretch_steps)])
         lying = np.argsort(indices)
-        moments = torch.empty(
-            (len(indices), *self.cache.manifest.row_shape), dtype=getattr(torch, self.cache.manifest.dtype)
-        )
+        moments = np.empty((len(indices), *self.cache.manifest.row_shape), self.cache.manifest.dtype)
         for start in range(0, len(indices), _SLICE):
             part = lying[start : start + _SLICE]
-            moments[torch.from_numpy(part)] = torch.from_numpy(self.cache.read(indices[part]))
-        return moments
+            moments[part] = self.cache.read(indices[part])
+        return torch.from_numpy(moments)
 
     def _load(self, device: torch.device) -> Tensor:
         """All moments on a device, copied slice by slice."""

@@ -143,6 +143,12 @@ class CacheWriter:
             self._tidy()
         return Manifest.load(self.path)
 
+    def tidy(self) -> None:
+        """Delete what a process that was killed after the manifest was written left behind."""
+        if (self.path / _PLAN).exists() or (self.path / _RECORDS).exists():
+            with self._locked():
+                self._tidy()
+
     def redo(self, rows: Iterable[int]) -> None:
         """Make a finished or an unfinished cache lack `rows`; the others of their shards are kept.
 

@@ -37,13 +37,14 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         raise ValueError(
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
-    if extend or retry_failed or not (config.cache.path / MANIFEST).exists():
-        probe(config.cache.path, "cache.path")  # before models are loaded and images listed
     source = open_config_source(config)
+    if extend or retry_failed or not (config.cache.path / MANIFEST).exists():
+        probe(config.cache.path, "cache.path")  # before models are loaded
     vae = FrozenVae(config.vae.source, pick_device())
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
+        writer.tidy()
         if job.number == 0:
             print(f"encode: all done: {config.cache.path}")
         return

@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,14 @@ def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
         return results[key]
 
     return remembered
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory, where the system has such a folder: a test makes ten thousand files."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -288,7 +288,7 @@ def test_encode_says_what_it_needs_and_does_not_start_without_room(
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(config: Path) -> None:
     (config.parent / "file").write_bytes(b"")
-    overrides = (f"cache.path={config.parent / 'file' / 'cache'}", "vae.source=nowhere", "data.source=nowhere")
+    overrides = (f"cache.path={config.parent / 'file' / 'cache'}", "vae.source=nowhere")
     refuse(run_stage("encode", config, config.parent, *overrides), "cache.path")
 
 
