@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import tar_format, zarr_format
-from data.manifest import File, Manifest
+from data.manifest import File, Manifest, Shard
 
 _REMEDY = "`latentmill verify --repair` writes it anew"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
@@ -61,6 +61,10 @@ class LatentCache:
         """The key of every committed image."""
         keys = [line["key"] for line in self.lines(ROWS)]
         return [keys[row] for row in self.rows]
+
+    def shard_of(self, index: int) -> Shard:
+        """The file that the image number `index` lies in."""
+        return self.manifest.shards[self.rows[index] // self.manifest.shard_rows]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The objects of `rows.jsonl` or `failures.jsonl`, whose hash is checked."""

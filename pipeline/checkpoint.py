@@ -1,27 +1,36 @@
 """Checkpoints: safetensors and JSON only, one folder named by images seen, complete or absent.
 
-<images_seen>/model.safetensors      the trained weights
-              ema/                   their average, a model folder for `LatentUNet.from_pretrained`
-              optimizer.safetensors  `<state>.<parameter>`, as exp_avg.conv_in.weight
-              state.json             images seen, step, class names, noise process, and every file's SHA-256
+checkpoints/<images_seen>/model.safetensors      the trained weights, and those of the loss where it has any
+                          ema/                   their average, a model folder for `LatentUNet.from_pretrained`
+                          ema_2/                 the second average, where there are two
+                          optimizer.safetensors  `<state>.<parameter>`, as exp_avg.model.conv_in.weight
+                          state.json             images seen, step, class names, ..., and every file's SHA-256
+averages/<images_seen>/   ema/, ema_2/ and state.json: what `latentmill ema` makes averages of other widths from
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from data.storage import publish_json, remove, sha256_file, staged_folder
-from pipeline.ema import Ema
+from pipeline.ema import Average
+from pipeline.objective import Objective
 from pipeline.unet import LatentUNet
 
-_STATE = "state.json"
+CHECKPOINTS, AVERAGES = "checkpoints", "averages"
+EMA = ("ema", "ema_2")  # folders of the averages; the first is the one that samples are drawn from
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass
@@ -35,15 +44,31 @@ class Checkpoint:
     def images_seen(self) -> int:
         return int(self.state["images_seen"])
 
+    @property
+    def resumable(self) -> bool:
+        """Whether training can go on from here: a folder that `latentmill ema` made has no more than an average."""
+        return _MODEL in self.state["sha256"]
+
+    def ema_weights(self, name: str = EMA[0]) -> dict[str, Tensor]:
+        return load_file(self.path / name / WEIGHTS)
+
     def ema_model(self) -> LatentUNet:
         """The averaged model, in evaluation mode."""
-        model: LatentUNet = LatentUNet.from_pretrained(self.path / "ema", low_cpu_mem_usage=False).eval()
+        model: LatentUNet = LatentUNet.from_pretrained(self.path / EMA[0], low_cpu_mem_usage=False).eval()
         return model.to(memory_format=torch.channels_last)
 
+    def model_config(self) -> dict[str, Any]:
+        """What its `LatentUNet` was made with."""
+        return json.loads((self.path / EMA[0] / "config.json").read_text(encoding="utf-8"))
 
-def checkpoint_folders(run: Path) -> list[Path]:
+
+def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Path:
+    return run / kind / f"{images_seen:09d}"
+
+
+def checkpoint_folders(run: Path, kind: str = CHECKPOINTS) -> list[Path]:
     """The checkpoints of a run, oldest first; by images seen, never by file times."""
-    folders = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    folders = [path for path in (run / kind).glob("*") if path.name.isdigit()]
     return sorted(folders, key=lambda path: int(path.name))
 
 
@@ -52,73 +77,138 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     passed_over: list[str] = []
     for folder in reversed(checkpoint_folders(run)):
         try:
-            return _open(folder), passed_over
+            return open_checkpoint(folder), passed_over
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
 
 
-def save_checkpoint(
-    run: Path,
-    *,
-    model: LatentUNet,
-    ema: Ema,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Publish a checkpoint of `run` at state["images_seen"], then delete all but the newest `keep`."""
-    folder = run / "checkpoints" / f"{state['images_seen']:09d}"
-    with staged_folder(folder) as staged:
-        save_file(_contiguous(model.state_dict()), staged / "model.safetensors")
-        save_file(_contiguous(_flatten(model, optimizer)), staged / "optimizer.safetensors")
-        (staged / "ema").mkdir()
-        save_file(_contiguous(ema.state_dict()), staged / "ema" / "diffusion_pytorch_model.safetensors")
-        model.save_config(staged / "ema")
-        files = {str(f.relative_to(staged)): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
-        publish_json(staged / _STATE, {**state, "sha256": files})
-    for other in checkpoint_folders(run):
-        if int(other.name) > state["images_seen"]:  # it was damaged, or this run would have gone on from there
-            remove(other)
-    for old in checkpoint_folders(run)[:-keep]:
-        remove(old)
-    return folder
-
-
-def load_training_state(checkpoint: Checkpoint, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, average and optimizer back as they were when `checkpoint` was saved."""
-    model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-    ema.load_state_dict(load_file(checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors"))
-    flat = load_file(checkpoint.path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        state = {key.split(".", 1)[0]: value for key, value in flat.items() if key.split(".", 1)[1] == name}
-        for key, value in state.items():
-            # a moment has its parameter's memory format, or the fused step would run on strided copies
-            state[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
-        if state:
-            optimizer.state[parameter] = state
-
-
-def _open(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
+    """The checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, not what was
+    written."""
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         files = state["sha256"].items()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no readable {_STATE}") from None
     for name, expected in files:
         file = folder / name
-        if not file.is_file() or sha256_file(file) != expected:
+        if not file.is_file() or (verify and sha256_file(file) != expected):
             raise ValueError(f"{file}: missing or damaged: its SHA-256 is not that of {_STATE}")
     return Checkpoint(folder, state)
 
 
-def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+def save_checkpoint(
+    run: Path,
+    *,
+    objective: Objective,
+    averages: Mapping[str, Average],
+    optimizers: Iterable[Optimizer],
+    state: dict[str, Any],
+    writing: bool = True,
+) -> None:
+    """Publish a checkpoint of `run` at state["images_seen"], over which every newer one is deleted.
+
+    All processes call it, for the weights may be dealt out among them; the one that is `writing` writes.
+    """
+    files = {
+        _MODEL: objective.state_dict(),
+        _OPTIMIZER: _flatten(objective, optimizers),
+        **{f"{name}/{WEIGHTS}": average.tensors for name, average in averages.items()},
     }
+    _publish(checkpoint_path(run, state["images_seen"]), objective.model, files, state, writing)
+    if writing:
+        for other in checkpoint_folders(run):
+            if int(other.name) > state["images_seen"]:  # damaged, or this run would have gone on from there
+                remove(other)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+def save_averages(
+    run: Path, *, model: LatentUNet, averages: Mapping[str, Average], state: dict[str, Any], writing: bool = True
+) -> None:
+    """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
+    files = {f"{name}/{WEIGHTS}": average.tensors for name, average in averages.items()}
+    _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, files, state, writing)
+
+
+def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Publish `tensors`, an average of the model of `source`, as the one file of a checkpoint in `folder`."""
+    model = LatentUNet.from_config(source.model_config())
+    _publish(folder, model, {f"{EMA[0]}/{WEIGHTS}": tensors}, state, True)
+
+
+def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, batch_size: int) -> None:
+    """Delete all checkpoints but the newest `keep` and, unless `keep_every` is 0, every `keep_every`-th of those that
+    are saved each `interval` images; one that a signal asked for falls between them."""
+    for old in checkpoint_folders(run)[:-keep]:
+        number, past = divmod(int(old.name), interval)
+        if not (keep_every and number % keep_every == 0 and past < batch_size):
+            remove(old)
+
+
+@torch.no_grad()
+def load_training_state(
+    checkpoint: Checkpoint, objective: Objective, averages: Mapping[str, Average], optimizers: Iterable[Optimizer]
+) -> None:
+    """Put weights, averages and optimizers back as they were when `checkpoint` was saved."""
+    parameters = dict(objective.named_parameters())
+    for name, value in load_file(checkpoint.path / _MODEL).items():
+        parameters[name].copy_(_as_dealt(value, parameters[name]))
+    for name, average in averages.items():
+        for key, value in checkpoint.ema_weights(name).items():
+            average.tensors[key].copy_(_as_dealt(value, average.tensors[key]))
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for key, value in load_file(checkpoint.path / _OPTIMIZER).items():
+        kind, name = key.split(".", 1)
+        parameter = parameters[name]
+        if kind == "step":  # the fused step wants it beside the parameter
+            value = value.to(parameter.device)
+        else:  # a moment has its parameter's memory format, or the fused step would run on strided copies
+            value = torch.empty_like(parameter).copy_(_as_dealt(value, parameter))
+        owner[parameter].state[parameter][kind] = value
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has dealt out among the processes, whole; all of them must ask. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_dealt(value: Tensor, like: Tensor) -> Tensor:
+    """The share of `value` that this process holds of `like`."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
+
+
+def _publish(
+    folder: Path,
+    model: LatentUNet,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    writing: bool,
+) -> None:
+    """Write `files` of tensors, a config beside each model's weights, and `state` with the hashes of all of them."""
+    if not writing:
+        for tensors in files.values():
+            for tensor in tensors.values():
+                full(tensor)
+        return
+    with staged_folder(folder) as staged:
+        for name, tensors in files.items():
+            file = staged / name
+            file.parent.mkdir(exist_ok=True)
+            save_file({key: full(value.detach()).contiguous() for key, value in tensors.items()}, file)
+            if file.name == WEIGHTS:
+                model.save_config(file.parent)
+        hashes = {str(f.relative_to(staged)): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
+        publish_json(staged / _STATE, {**state, "sha256": hashes})
+
+
+def _flatten(objective: Objective, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in objective.named_parameters()}
+    return {
+        f"{kind}.{names[parameter]}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }

@@ -1,4 +1,4 @@
-"""The forward process: how latents become noise, what the model learns to predict, and at which timesteps.
+"""The forward process: how latents become noise, what the model learns to predict, at which timesteps and weights.
 
 One form holds for all: x_t = alpha_t x_0 + sigma_t e. For DDPM's discrete schedules alpha_t^2 + sigma_t^2 = 1
 (Ho et al. 2020, equation 4); for flow matching alpha_t = 1 - t, sigma_t = t (Lipman et al. 2023; Liu et al. 2023).
@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-STEPS = 1000
+from pipeline.pairs import STEPS, check_noise
 
 
 @dataclass(frozen=True)
 class NoiseProcess:
-    """`schedule` is linear, cosine or flow; `prediction` epsilon, v or flow; `timesteps` uniform or logit_normal."""
+    """`schedule` is linear, scaled_linear (Rombach et al. 2022), cosine or flow; `prediction` epsilon, x0, v or flow;
+    `timesteps` uniform or logit_normal. `zero_terminal_snr` rescales a discrete schedule until its last step is pure
+    noise (Lin et al. 2024, algorithm 1). ValueError, with the reason, for a pair that cannot work.
+    """
 
     schedule: str
     prediction: str
     timesteps: str = "uniform"
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self) -> None:
+        check_noise(self.schedule, self.prediction, self.zero_terminal_snr)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` timesteps in 0..1000, float32; whole numbers below 1000 for the discrete schedules.
@@ -42,7 +50,7 @@ class NoiseProcess:
             sigma = times / STEPS
             alpha = 1 - sigma
         else:
-            alpha_bar = _alphas_cumprod(self.schedule, times.device)[times.long()]
+            alpha_bar = _alphas_cumprod(self, times.device)[times.long()]
             alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
@@ -52,25 +60,46 @@ class NoiseProcess:
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the model should say: e; v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D); or e - x_0."""
+        """What the model should say: e; x_0; v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D); e - x0."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "x0":
+            return latents
         if self.prediction == "flow":
             return noise - latents
         alpha, sigma = self.coefficients(times)
         return alpha * noise - sigma * latents
 
+    def min_snr(self, times: Tensor, gamma: float = 5.0) -> Tensor:
+        """Weights `B` that make an error in the prediction count min(SNR, gamma) in x0 (Hang et al. 2023, section 3.4).
 
-def diffusers_schedule(schedule: str) -> str:
-    """diffusers' name of a discrete schedule."""
-    return {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
+        x_0 is x_t - sigma v for flow, alpha x_t - sigma v for v, (x_t - sigma e) / alpha for epsilon: the weight of the
+        squared error is min(SNR, gamma) times the square of the factor before the prediction.
+        """
+        alpha, sigma = (column.flatten() for column in self.coefficients(times))
+        snr = (alpha / sigma.clamp(min=1e-6)).square()  # flow's latents without any noise have no finite ratio
+        if self.prediction == "x0":
+            return snr.clamp(max=gamma)
+        if self.prediction == "epsilon":
+            return snr.clamp(max=gamma) / snr
+        return snr.clamp(max=gamma) * sigma.square()
+
+    def diffusers_options(self) -> dict[str, Any]:
+        """What diffusers' discrete schedulers are told of this process."""
+        return {
+            "num_train_timesteps": STEPS,
+            "beta_schedule": "squaredcos_cap_v2" if self.schedule == "cosine" else self.schedule,
+            **({"beta_start": 0.00085, "beta_end": 0.012} if self.schedule == "scaled_linear" else {}),
+            "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[self.prediction],
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
+        }
 
 
 @functools.cache
-def _alphas_cumprod(schedule: str, device: torch.device) -> Tensor:
+def _alphas_cumprod(noise: NoiseProcess, device: torch.device) -> Tensor:
     """Product of 1 - beta up to each step, `STEPS`: diffusers' own table, so that training and sampling agree.
 
     It stays on the device: a copy to a GPU in every step would wait for it.
     """
-    scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_schedule=diffusers_schedule(schedule))
+    scheduler = DDPMScheduler(**noise.diffusers_options())
     return scheduler.alphas_cumprod.to(device)

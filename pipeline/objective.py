@@ -7,10 +7,12 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.noise import NoiseProcess
+from pipeline.unet import LatentUNet, timestep_embedding
+
+_FEATURES = 64  # of a timestep, for the learned weighting
 
 
 def coordinate_seed(*coordinates: int | str) -> int:
@@ -92,18 +94,34 @@ def draw_latents(moments: Tensor, draws: Draws, channels: int) -> Tensor:
     return mean + std * draws.posterior if std.shape[1] else mean
 
 
-def diffusion_loss(
-    model: nn.Module, noise: NoiseProcess, latents: Tensor, labels: Tensor, draws: Draws, null_class: int
-) -> Tensor:
-    """Mean squared error of the model's prediction for normalised `latents` `B C h w`."""
-    noisy = noise.corrupt(latents, draws.noise, draws.times).contiguous(memory_format=torch.channels_last)
-    classes = torch.where(draws.dropped, null_class, labels)
-    prediction = model(noisy, draws.times, classes).sample
-    return F.mse_loss(prediction.float(), noise.target(latents, draws.noise, draws.times))
+class Objective(nn.Module):
+    """The model and its loss: the one module that is called in a step, and so wrapped for many processes and compiled.
 
+    `weighting` is plain; min_snr (`NoiseProcess.min_snr`); or learned: error / exp(u) + u, where u learns the logarithm
+    of the error at each timestep, so that all of them weigh alike (Kendall et al. 2018; Karras et al. 2024, "Analyzing
+    and improving the training dynamics of diffusion models", section 2 and appendix A).
+    """
 
-def lr_at(images_seen: int, *, peak: float, images: int, warmup: int, decay: float) -> float:
-    """A trapezoid: up from 0 over `warmup` images, `peak`, and down to 0 over the last share `decay` of the run."""
-    rise = (images_seen + 1) / warmup if warmup else 1.0
-    fall = (images - images_seen) / (decay * images) if decay else 1.0
-    return peak * max(0.0, min(1.0, rise, fall))
+    def __init__(self, model: LatentUNet, noise: NoiseProcess, weighting: str = "plain") -> None:
+        super().__init__()
+        self.model, self.noise, self.weighting = model, noise, weighting
+        self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
+        if self.uncertainty is not None:  # u = 0: the plain loss at first
+            nn.init.zeros_(self.uncertainty.weight)
+            nn.init.zeros_(self.uncertainty.bias)
+
+    def forward(self, latents: Tensor, noise: Tensor, times: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents and noise `B C h w`, timesteps `B`, classes int64 `B` -> the loss, and each image's mean
+        squared error `B`, unweighted and without gradient."""
+        noisy = self.noise.corrupt(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        prediction = self.model(noisy, times, classes).sample.float()
+        errors = (prediction - self.noise.target(latents, noise, times)).square().mean(dim=(1, 2, 3))
+        return self._weigh(errors, times).mean(), errors.detach()
+
+    def _weigh(self, errors: Tensor, times: Tensor) -> Tensor:
+        if self.weighting == "min_snr":
+            return errors * self.noise.min_snr(times)
+        if self.uncertainty is not None:
+            logarithm = self.uncertainty(timestep_embedding(times, _FEATURES)).flatten().float()
+            return errors * (-logarithm).exp() + logarithm
+        return errors

@@ -14,31 +14,30 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from pipeline.noise import STEPS, NoiseProcess, diffusers_schedule
+from pipeline.noise import NoiseProcess
 from pipeline.objective import coordinate_seed
+from pipeline.pairs import STEPS, check_sampler
 from pipeline.unet import LatentUNet
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_scheduler(name: str, noise: NoiseProcess) -> Any:
-    """diffusers' scheduler `name` (ddpm, ddim or euler) for a model trained on `noise`; ValueError if they do not fit.
+def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
+    """diffusers' scheduler `name` (ddpm, ddim or euler), set to draw in `steps` from a model trained on `noise`.
 
-    `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. Timesteps end at the noisiest one
-    (`trailing`, Lin et al. 2024, section 3.3).
+    `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. Timesteps begin at the noisiest one
+    (`trailing`, Lin et al. 2024, section 3.3). ValueError for a pair that does not go together.
     """
-    if (name == "euler") != (noise.schedule == "flow"):
-        raise ValueError(f"sample.scheduler: {name} cannot draw from a model trained on the {noise.schedule} schedule")
+    check_sampler(name, steps, noise.schedule)
     if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
+        # evenly from 1 to 0; diffusers' default puts the last evaluation at 0.001 and so wastes it
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        return scheduler
     kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[name]
-    return kind(
-        num_train_timesteps=STEPS,
-        beta_schedule=diffusers_schedule(noise.schedule),
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[noise.prediction],
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+    scheduler = kind(**noise.diffusers_options(), clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    return scheduler
 
 
 def image_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
@@ -68,20 +67,11 @@ def draw(
     denoise: Denoise,
     scheduler: Any,
     *,
-    steps: int,
     shape: tuple[int, int, int],
     generators: list[torch.Generator],
     device: torch.device,
 ) -> Tensor:
-    """Latents `B C h w` in the space of training, one for each of `generators`, in `steps` steps."""
-    if isinstance(scheduler, DDIMScheduler) and STEPS % steps:
-        # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
-        raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # evenly from 1 to 0; diffusers' default puts the last evaluation at 0.001 and so wastes it
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
+    """Latents `B C h w` in the space of training, one for each of `generators`."""
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     x = noise.to(device).contiguous(memory_format=torch.channels_last) * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = {} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {"generator": generators}

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.pairs import check_noise, check_sampler
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -69,42 +71,64 @@ class Model(Section):
 class Noise(Section):
     """What is learnt: the noise schedule, the target of the prediction, and how timesteps are drawn."""
 
-    schedule: Literal["linear", "cosine", "flow"] = "flow"
-    prediction: Literal["epsilon", "v", "flow"] = "flow"
+    schedule: Literal["linear", "scaled_linear", "cosine", "flow"] = "flow"
+    prediction: Literal["epsilon", "x0", "v", "flow"] = "flow"
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+    zero_terminal_snr: bool = False  # rescale a discrete schedule until its last step is pure noise
 
     @model_validator(mode="after")
     def _pairs(self) -> Noise:
-        if (self.schedule == "flow") != (self.prediction == "flow"):
-            raise ValueError(
-                f"schedule {self.schedule} does not go with prediction {self.prediction}: flow goes with flow alone,"
-                " linear and cosine with epsilon or v"
-            )
+        check_noise(self.schedule, self.prediction, self.zero_terminal_snr)
         return self
 
 
 class Train(Section):
-    """Training on one clock: images seen. All lengths below are in images."""
+    """Training on one clock: images seen. All lengths below are in images. docs/training.md says more of most keys."""
 
     images: PositiveInt = 40_000
-    batch_size: PositiveInt = 16
+    init: Path | None = None  # a run or checkpoint whose averaged weights this run begins with: fine-tuning
+    batch_size: PositiveInt | Literal["auto"] = 16  # of all processes; auto: as many as there is memory for
+    accumulate: PositiveInt = 1  # parts in which a process takes its share of a batch, to need less memory
+    gradient_checkpointing: bool = False  # less memory for a second forward pass
+    compile: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"  # of the learning rate
     warmup: NonNegativeInt = 1_000
-    decay: float = Field(0.4, ge=0.0, le=1.0)  # share of the run, at its end, in which the rate falls to 0
+    decay: float = Field(0.4, ge=0.0, le=1.0)  # trapezoid: share of the run, at its end, in which the rate falls to 0
     weight_decay: NonNegativeFloat = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
+    weighting: Literal["plain", "min_snr", "learned"] = "plain"  # of the loss at each noise level
     normalization: Literal["cache", "vae"] = "cache"  # by the full set's mean and std, or the VAE's scaling factor
     access: Literal["auto", "resident", "memory", "mapped", "streamed"] = "auto"  # see docs/training.md
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)  # share of labels replaced by the null class
-    ema_halflife: PositiveInt = 2_000
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema: Literal["exponential", "power"] = "exponential"
+    ema_halflife: PositiveInt = 2_000  # exponential
+    ema_widths: tuple[float, float] = (0.05, 0.10)  # power: standard deviations, as shares of the run
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 800
     preview_every: PositiveInt = 10_000
     checkpoint_every: PositiveInt = 10_000
     keep: PositiveInt = 2  # newest checkpoints that stay
-    tracker: Literal["none", "wandb"] = "none"
+    keep_every: NonNegativeInt = 0  # every n-th checkpoint that stays, too; 0: none
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+
+    @model_validator(mode="after")
+    def _parts(self) -> Train:
+        if self.batch_size != "auto" and self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate} does not divide batch_size = {self.batch_size}")
+        if self.optimizer == "muon" and self.precision == "fp16":
+            raise ValueError(
+                "optimizer muon does not go with precision fp16, whose loss scale serves one optimizer: bf16"
+            )
+        if self.schedule == "inverse_sqrt" and not self.warmup:
+            raise ValueError("schedule inverse_sqrt falls from the end of the warm-up: give warmup, such as 10000")
+        for width in self.ema_widths:
+            if not 0 < width < 0.28:
+                raise ValueError(f"ema_widths: {width:g} is not above 0 and below 0.28")
+        return self
 
 
 class Sample(Section):
@@ -135,15 +159,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Config:
-        flow = self.noise.schedule == "flow"
-        if flow != (self.sample.scheduler == "euler"):
-            choice = "euler" if flow else "ddpm or ddim"
-            raise ValueError(
-                f"sample.scheduler {self.sample.scheduler} cannot draw from noise.schedule {self.noise.schedule}:"
-                f" use {choice}"
-            )
-        if self.sample.scheduler == "ddim" and 1000 % self.sample.steps:
-            raise ValueError(f"sample.steps {self.sample.steps}: ddim needs a divisor of 1000, such as 25, 50 or 100")
+        check_sampler(self.sample.scheduler, self.sample.steps, self.noise.schedule)
         return self
 
 
@@ -218,7 +234,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    *parents, last = [str(part) for part in error["loc"]] or [""]
+    # a section, a field, and a place in it; the rest is pydantic's name for one of several types
+    loc = [part for depth, part in enumerate(error["loc"]) if depth < 2 or isinstance(part, int)]
+    *parents, last = [str(part) for part in loc] or [""]
     field = ".".join([*parents, last])
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(last, _fields(parents), n=1, cutoff=0.5)

@@ -18,8 +18,7 @@ _MIN_TILE = 64  # smaller images are shown enlarged by a whole factor
 
 def contact_sheet(images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str]) -> Image.Image:
     """One row a class, its name on the left; `images` are `N H W 3`, `labels` index `names`."""
-    scale = max(1, -(-_MIN_TILE // images.shape[1]))
-    tile = images.shape[1] * scale
+    tile = _tile(images.shape[1])
     shown = sorted(set(labels))
     rows = [[i for i, label in enumerate(labels) if label == kind] for kind in shown]
     font = ImageFont.load_default(size=13)
@@ -34,6 +33,21 @@ def contact_sheet(images: NDArray[np.uint8], labels: Sequence[int], names: Seque
             image = Image.fromarray(images[index]).resize((tile, tile), Image.Resampling.NEAREST)
             sheet.paste(image, (margin + x * (tile + _GAP), top))
     return sheet
+
+
+def strip(sheets: Sequence[Image.Image], captions: Sequence[str], *, size: int, classes: int) -> Image.Image:
+    """The last image of each of `classes` rows of contact sheets, whose images are `size` wide: one line a sheet."""
+    tile, font = _tile(size), ImageFont.load_default(size=13)
+    margin = 12 + max(int(font.getlength(caption)) for caption in captions)
+    image = Image.new("RGB", (margin + classes * (tile + _GAP), len(sheets) * (tile + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(image)
+    for y, (sheet, caption) in enumerate(zip(sheets, captions, strict=True)):
+        top = _GAP + y * (tile + _GAP)
+        pen.text((margin - 6, top + tile // 2), caption, fill="black", font=font, anchor="rm")
+        for x in range(classes):
+            left, upper = sheet.width - _GAP - tile, _GAP + x * (tile + _GAP)
+            image.paste(sheet.crop((left, upper, left + tile, upper + tile)), (margin + x * (tile + _GAP), top))
+    return image
 
 
 def pairs_sheet(above: NDArray[np.uint8], below: NDArray[np.uint8], captions: Sequence[str]) -> Image.Image:
@@ -53,6 +67,11 @@ def pairs_sheet(above: NDArray[np.uint8], below: NDArray[np.uint8], captions: Se
             caption = caption.split(" ", 1)[1]
         pen.text((left + 2, top + 2 * tile + 3), caption, fill="black", font=font)
     return sheet
+
+
+def _tile(size: int) -> int:
+    """The width at which an image of `size` is shown."""
+    return size * max(1, -(-_MIN_TILE // size))
 
 
 def save_png(image: Image.Image, path: Path) -> None:

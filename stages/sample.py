@@ -112,8 +112,7 @@ def _draw_batch(
     size = model.config["sample_size"]
     latents = draw(
         guided(model, torch.from_numpy(labels[batch.start : batch.stop]).to(device), settings.guidance),
-        make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"])),
-        steps=settings.steps,
+        make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"]), settings.steps),
         shape=(model.config["in_channels"], size, size),
         generators=image_generators(settings.seed, list(batch)),
         device=device,

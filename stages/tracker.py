@@ -1,41 +1,83 @@
-"""wandb, where the config asks for it: never a prompt, offline when there is no key."""
+"""wandb or TensorBoard, where the config asks for it: never a prompt, and nothing that happens to it ends a run."""
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
+import secrets
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from data.storage import publish_json
 from stages.config import Config
+
+WAIT = 30  # seconds that a server may take to answer, at the start and at the end
 
 
 class Tracker:
-    """Sends log lines to wandb, or does nothing."""
+    """Sends log lines to wandb or TensorBoard, or does nothing."""
 
-    def __init__(self, kind: str, run: Path, config: Config, *, active: bool) -> None:
-        self.run: Any = None
-        if kind == "wandb" and active:
-            import wandb
+    def __init__(self, kind: str, run: Path, config: Config, *, images_seen: int, active: bool) -> None:
+        if kind == "tensorboard" and not find_spec("tensorboard"):
+            raise ValueError("train.tracker = tensorboard: it is not installed: pip install tensorboard")
+        self._wandb = _start_wandb(run, config) if kind == "wandb" and active else None
+        self._board = None
+        if kind == "tensorboard" and active:
+            from torch.utils.tensorboard import SummaryWriter
 
-            self.run = wandb.init(
-                project="latentmill",
-                name=run.name,
-                dir=run,
-                mode=None if os.environ.get("WANDB_MODE") else "online" if _has_key() else "offline",
-                config=config.model_dump(mode="json"),
-            )
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen)
 
     def log(self, values: dict[str, Any]) -> None:
-        if self.run:
-            self.run.log(values, step=values["images_seen"])
+        """Send one line of log.jsonl; a list becomes one value for each of its places."""
+        flat = {
+            name: value
+            for key, entry in values.items()
+            for name, value in (
+                ((f"{key}/{i}", each) for i, each in enumerate(entry)) if isinstance(entry, list) else ((key, entry),)
+            )
+            if value is not None
+        }
+        if self._wandb:
+            self._wandb.log(flat, step=values["images_seen"])
+        if self._board:
+            for name, value in flat.items():
+                self._board.add_scalar(name, value, values["images_seen"])
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.run:
-            self.run.finish(exit_code=int(kind is not None))
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))
+        if self._board:
+            self._board.close()
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    """A wandb run whose id is kept in the run's folder, so that a resumed run goes on as the same one."""
+    import wandb
+
+    file = run / "wandb.json"
+    if not file.exists():
+        publish_json(file, {"id": secrets.token_hex(4)})
+    options: dict[str, Any] = {
+        "project": "latentmill",
+        "name": run.resolve().name,
+        "id": json.loads(file.read_text(encoding="utf-8"))["id"],
+        "dir": run,
+        "config": config.model_dump(mode="json"),
+        "settings": wandb.Settings(init_timeout=WAIT, finish_timeout=WAIT),
+    }
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode == "online":
+        try:
+            return wandb.init(**options, mode="online", resume="allow")
+        except wandb.errors.Error as error:  # no answer, or a key that is not accepted
+            print(f"train: wandb: {' '.join(str(error).split())}: going on offline", flush=True)
+            mode = "offline"
+    return wandb.init(**options, mode=mode)
 
 
 def _has_key() -> bool:

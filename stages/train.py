@@ -2,64 +2,80 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import signal
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from data.manifest import Manifest
-from data.storage import append_line, publish
-from pipeline.checkpoint import Checkpoint, load_training_state, newest_checkpoint, save_checkpoint
-from pipeline.ema import Ema
+from data.storage import claim, probe, publish
+from pipeline.checkpoint import (
+    EMA,
+    Checkpoint,
+    full,
+    load_training_state,
+    prune_checkpoints,
+    save_averages,
+    save_checkpoint,
+)
+from pipeline.cost import Cost
+from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
 from pipeline.noise import NoiseProcess
-from pipeline.objective import Draws, Normalization, coordinate_seed, diffusion_loss, draw_latents, lr_at
-from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.objective import Draws, Objective, coordinate_seed, draw_latents
+from pipeline.optimize import FiniteGuard, lr_at, make_optimizers, set_lr
 from pipeline.unet import LatentUNet
-from pipeline.vae import FrozenVae, to_images
+from pipeline.vae import FrozenVae
 from stages.config import Config, dump_config
-from stages.pictures import contact_sheet, save_png
+from stages.launch import Preemption, connect
+from stages.preview import draw_preview, draw_strip
+from stages.start import (
+    as_json,
+    begin_with,
+    build_model,
+    check_resumable,
+    ema_widths,
+    find_checkpoint,
+    normalization_of,
+    with_batch_size,
+)
 from stages.tracker import Tracker
+from stages.watch import Window, begin_log, draw_curves, log_line
 
-PREVIEWS_PER_CLASS = 4
-PREVIEW_CLASSES = 10
+_GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
 
 def train(config: Config, run: Path) -> None:
-    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one."""
-    accelerator = Accelerator(mixed_precision=config.train.precision)
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but the processes are not connected: without a GPU, set"
-            " ACCELERATE_USE_CPU=true"
-        )
-    manifest = Manifest.load(config.cache.path)
-    checkpoint = find_checkpoint(config, run, manifest, accelerator)
-    if checkpoint and checkpoint.images_seen >= config.train.images:
-        accelerator.print(f"train: all done: {checkpoint.images_seen:,} images seen in {run}")
-        return
-    Trainer(config, run, accelerator, checkpoint).run_to_the_end()
+    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one.
 
-
-def find_checkpoint(config: Config, run: Path, manifest: Manifest, accelerator: Accelerator) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, if it has any; ValueError if it does not fit the config or the cache."""
-    checkpoint, passed_over = newest_checkpoint(run)
-    for line in passed_over:
-        accelerator.print(f"train: passed over {line}")
-    if checkpoint:
-        check_resumable(checkpoint, config, manifest)
-    elif passed_over:
-        raise ValueError(f"{run}/checkpoints: none is whole ({passed_over[0]}): move the folder away to start anew")
-    return checkpoint
+    SystemExit with 128 + its number after a SIGTERM or SIGUSR1, once a checkpoint is saved.
+    """
+    probe(run, "--run")
+    accelerator = connect(config.train.precision)
+    with claim(run / ".locks" / "train", "training") if accelerator.is_main_process else contextlib.nullcontext():
+        manifest = Manifest.load(config.cache.path)
+        checkpoint = find_checkpoint(run, accelerator)
+        config = with_batch_size(config, manifest, checkpoint, accelerator)
+        if checkpoint:
+            check_resumable(checkpoint, config, manifest)
+            if checkpoint.images_seen >= config.train.images:
+                accelerator.print(f"train: all done: {checkpoint.images_seen:,} images seen in {run}")
+                return
+        try:
+            Trainer(config, run, accelerator, checkpoint).run_to_the_end()
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"out of memory with train.batch_size = {config.train.batch_size}: try train.accumulate=2,"
+                " train.gradient_checkpointing=true or train.batch_size=auto"
+            ) from error
 
 
 class Trainer:
@@ -67,137 +83,246 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
-        self.device = accelerator.device
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        assert config.train.batch_size != "auto"
+        self.batch_size: int = config.train.batch_size
         cache = LatentCache(config.cache.path)
         self.verification = ThreadPoolExecutor(1).submit(cache.verify) if accelerator.is_local_main_process else None
         self.manifest = cache.manifest
-        self.vae = FrozenVae(config.vae.source, self.device)
-        self.vae.check(self.manifest.vae, config.cache.path)
+        if self.main:  # which alone draws previews
+            self.vae = FrozenVae(config.vae.source, self.device)
+            self.vae.check(self.manifest.vae, config.cache.path)
+        self.normalization = normalization_of(config, self.manifest)
+        self.loader = self._open_loader(cache)
         self.noise = NoiseProcess(**config.noise.model_dump())
-        self.normalization = _normalization(config, self.manifest)
-        self.loader = LatentLoader(
-            cache,
-            seed=config.train.seed,
-            batch_size=config.train.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            device=self.device,
-            access=config.train.access,
-        )
-        classes = len(self.manifest.classes)
-        accelerator.print(f"train: {len(cache):,} images in {classes} classes, {self.loader.describe()}")
-        self.model = build_model(config, self.manifest).to(self.device, memory_format=torch.channels_last)
-        self.ema = Ema(self.model, config.train.ema_halflife)
-        groups = _decay_groups(self.model, config)
-        optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, fused=True)
+        model = build_model(config, self.manifest)
+        self.window = Window(accelerator, Cost.of(model).flops)
+        self._say_what_runs(model)
+        if config.train.init and not checkpoint:
+            accelerator.print(f"train: {begin_with(model, config, self.manifest)}")
+        self._prepare(model)
+        self.guard = FiniteGuard(self.device, deferred=self._can_defer())
         self.step = 0
         if checkpoint:
-            if checkpoint.state["streamed"] != (self.loader.access == "streamed"):
-                kind = "mapped" if self.loader.access == "streamed" else "streamed"
-                raise ValueError(f"train.access: {run} began in another order of images: give train.access={kind}")
-            load_training_state(checkpoint, self.model, self.ema, optimizer)
-            self.step = checkpoint.state["step"]
-            accelerator.print(f"train: continuing {run} at {self.images_seen:,} images")
-        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
-        if checkpoint and accelerator.scaler:
-            accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+            self._resume(checkpoint)
 
     @property
     def images_seen(self) -> int:
-        return self.step * self.config.train.batch_size
+        return self.step * self.batch_size
+
+    @property
+    def model(self) -> LatentUNet:
+        return self.objective.model
 
     def run_to_the_end(self) -> None:
         """The training loop."""
-        settings, main = self.config.train, self.accelerator.is_main_process
-        if main:
-            self._start_run_folder()
-        window = _Window(self.device)
+        settings = self.config.train
+        if self.main:
+            publish(self.run / "config.yaml", dump_config(self.config).encode())
+            begin_log(self.run, self.images_seen)
         self.prepared.train()
-        with (
-            Tracker(settings.tracker, self.run, self.config, active=main) as tracker,
-            self._progress_bar(main) as bar,
-        ):
+        tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
+        with tracker, Preemption(self.accelerator) as preemption:
+            self.window.restart_clock()
             while self.images_seen < settings.images:
                 self._check_cache(wait=False)
                 before = self.images_seen
-                window.add(*self._update())
-                bar.update(settings.batch_size)
-                saving = self._due(before, settings.checkpoint_every)
-                previewing = self._due(before, settings.preview_every)
-                logging = saving or self._due(before, settings.log_every)
-                if logging or self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
-                    window.check_finite(self.step)
-                if logging:
-                    window.sums = self.accelerator.reduce(window.sums, "mean")
-                    values = window.close(self.step, settings.batch_size, self.optimizer.param_groups[0]["lr"])
-                if not main:
-                    continue
-                if logging:
-                    append_line(self.run / "log.jsonl", json.dumps(values))
-                    tracker.log(values)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
-                if previewing:
-                    self._preview()
-                if saving:  # last: once it is there, a rerun does not come back to this step
-                    self._save()
-                if saving or previewing:
-                    window.restart_clock()
+                self._update()
+                if self._due(before, settings.log_every):
+                    self._log(tracker)
+                with self.window.paused():
+                    if previewing := self._due(before, settings.preview_every):
+                        self._preview()
+                    if saving := self._due(before, settings.checkpoint_every):
+                        self._save(scheduled=True)  # last: once it is there, a rerun does not come back to this step
+                    if self.main and (previewing or saving):
+                        self._draw_pictures()
+                if (number := preemption.agreed()) and self.images_seen < settings.images:
+                    self._leave(number, saved=saving)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
 
-    def _progress_bar(self, shown: bool) -> tqdm:
-        return tqdm(
-            desc="train",
-            total=self.config.train.images,
-            initial=self.images_seen,
-            unit=" images",
-            mininterval=2,
-            disable=not shown,
+    def _open_loader(self, cache: LatentCache) -> LatentLoader:
+        settings, accelerator = self.config.train, self.accelerator
+        share = accelerator.num_processes * settings.accumulate
+        if self.batch_size % share:
+            raise ValueError(
+                f"train.batch_size = {self.batch_size} is no multiple of {share}, the {accelerator.num_processes}"
+                f" processes times train.accumulate = {settings.accumulate}"
+            )
+        loader = LatentLoader(
+            cache,
+            seed=settings.seed,
+            batch_size=self.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=self.device,
+            access=settings.access,
+        )
+        classes = len(self.manifest.classes)
+        accelerator.print(f"train: {len(cache):,} images in {classes} classes, {loader.describe()}")
+        return loader
+
+    def _say_what_runs(self, model: LatentUNet) -> None:
+        count, processes = sum(p.numel() for p in model.parameters()), self.accelerator.num_processes
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        self.accelerator.print(
+            f"train: {count / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image; batches of"
+            f" {self.batch_size} on {processes} process{'es' if processes > 1 else ''} ({name})"
         )
 
-    def _update(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; the loss and the norm of the gradient, both on the device."""
+    def _prepare(self, model: LatentUNet) -> None:
+        """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
         settings = self.config.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(
-                self.images_seen, peak=settings.lr, images=settings.images, warmup=settings.warmup, decay=settings.decay
-            )
-        if self.config.model.dropout:  # the only draw that cannot be handed a generator
-            torch.manual_seed(coordinate_seed("dropout", settings.seed, self.step, self.accelerator.process_index))
-        batch = self.loader.batch(self.step)
-        shape = (settings.batch_size, self.manifest.latent_channels, *self.manifest.shape[1:])
+        self.objective = Objective(model, self.noise, settings.weighting)
+        self.objective.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizers = make_optimizers(
+            self.objective,
+            kind=settings.optimizer,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        if settings.compile:
+            self.objective.compile()
+        self.prepared, *self.prepared_optimizers = self.accelerator.prepare(self.objective, *self.optimizers)
+        gammas = [gamma_of(width) for width in ema_widths(self.config)]
+        weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
+            partial(halflife_weight, halflife=settings.ema_halflife)
+        ]
+        self.averages = {name: Average(self.model, weight) for name, weight in zip(EMA, weights, strict=False)}
+
+    def _can_defer(self) -> bool:
+        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, Muon and
+        tensors dealt out by FSDP know nothing of it, and fp16's scaler has a way of its own."""
+        sharded = self.accelerator.distributed_type == "FSDP"
+        return self.device.type == "cuda" and len(self.optimizers) == 1 and not sharded
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state, accelerator = checkpoint.state, self.accelerator
+        if state["streamed"] != (self.loader.access == "streamed"):
+            kind = "mapped" if self.loader.access == "streamed" else "streamed"
+            raise ValueError(f"train.access: {self.run} began in another order of images: give train.access={kind}")
+        load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
+        self.step = state["step"]
+        self.window.load(state["window"])
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
+        here = self._computer()
+        changes = [
+            f"{name} {here[name]} instead of {old}" for name, old in state["computer"].items() if here[name] != old
+        ]
+        if changes:
+            accelerator.print(f"train: {', '.join(changes)}: same images, order and learning rate, but bits may differ")
+
+    def _computer(self) -> dict[str, str | int]:
+        """What bits may depend on."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
+
+    def _update(self) -> None:
+        """One optimizer step."""
+        settings, accelerator = self.config.train, self.accelerator
+        lr = lr_at(
+            self.images_seen,
+            schedule=settings.schedule,
+            peak=settings.lr,
+            images=settings.images,
+            warmup=settings.warmup,
+            decay=settings.decay,
+        )
+        set_lr(self.optimizers, lr)
+        parts = self._parts(self.step)
+        self._seed_dropout(self.step)
+        losses, errors = [], []
+        for number, part in enumerate(parts, 1):
+            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared):
+                loss, error = self.prepared(*part)
+                accelerator.backward(loss / len(parts))
+            losses.append(loss.detach())
+            errors.append(error)
+        norm = full(accelerator.clip_grad_norm_(self.prepared.parameters(), settings.grad_clip))
+        if accelerator.scaler:  # a step whose gradient overflows is skipped, and the scale lowered
+            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
+        elif (bad := self.guard.check(self.step, norm, self.optimizers)) is not None:
+            self._stop_at(bad)
+        for optimizer in self.prepared_optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        for average in self.averages.values():
+            average.update(images_seen=self.images_seen, batch_size=self.batch_size)
+        times = torch.cat([part[2] for part in parts])
+        self.window.add(torch.stack(losses).mean(), norm, torch.cat(errors), times)
+
+    def _parts(self, step: int) -> list[tuple[Tensor, ...]]:
+        """Latents, noise, timesteps and classes of this process at `step`, in `train.accumulate` parts."""
+        settings = self.config.train
+        with self.window.waiting():
+            batch = self.loader.batch(step)
         draws = Draws.at(
             self.noise,
             seed=settings.seed,
-            step=self.step,
-            shape=shape,
+            step=step,
+            shape=(self.batch_size, self.manifest.latent_channels, *self.manifest.shape[1:]),
             views=len(self.manifest.views),
             label_dropout=settings.label_dropout,
             device=self.device,
         ).part(self.loader.part)
         latents = self.normalization.normalize(draw_latents(batch.moments, draws, self.manifest.latent_channels))
-        loss = diffusion_loss(self.prepared, self.noise, latents, batch.labels, draws, self.model.null_class)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), settings.grad_clip)
-        if settings.precision == "fp16":  # a step whose gradient overflows is skipped, and the scale lowered
-            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.ema.update(self.model, images_seen=self.images_seen, batch_size=settings.batch_size)
-        return loss.detach(), norm
+        classes = torch.where(draws.dropped, self.model.null_class, batch.labels)
+        columns = (latents, draws.noise, draws.times, classes)
+        return list(zip(*(column.chunk(settings.accumulate) for column in columns), strict=True))
+
+    def _seed_dropout(self, step: int) -> None:
+        if self.config.model.dropout:  # the only draw that cannot be handed a generator
+            coordinates = ("dropout", self.config.train.seed, step, self.accelerator.process_index)
+            torch.manual_seed(coordinate_seed(*coordinates))
+
+    def _stop_at(self, step: int) -> NoReturn:
+        """FloatingPointError that names the images of `step` whose loss is not finite: no weight has changed since, and
+        all randomness is a function of the step, so it can be computed again."""
+        self._seed_dropout(step)
+        with torch.no_grad():
+            errors = torch.cat([self.prepared(*part)[1] for part in self._parts(step)])
+        bad = self.loader.indices(step)[~errors.isfinite().cpu().numpy()]
+        cache = self.loader.cache
+        keys = cache.keys() if len(bad) else []
+        named = [f"{keys[i]} of {cache.shard_of(i).file}" for i in bad[:3]] + ["..."] * (len(bad) > 3)
+        share = f"{len(errors)} images of process {self.accelerator.process_index}"
+        what = f"{len(bad)} of the {share} ({', '.join(named)})" if named else f"none of the {share} by itself"
+        raise FloatingPointError(
+            f"train: step {step + 1}: the gradient is NaN or infinite; the loss is so for {what}. No weight was updated"
+            f" with it and no checkpoint has it. If it is all images, lower train.lr; the same command goes on from"
+            " the last checkpoint"
+        )
+
+    def _check_finite(self) -> None:
+        """What was left to the device is asked for before anything is logged or saved."""
+        scaler = self.accelerator.scaler
+        if scaler and scaler.get_scale() < 1:
+            raise FloatingPointError(
+                f"train: up to step {self.step}: gradients overflow at every scale: use train.precision=bf16"
+            )
+        if not scaler and (bad := self.guard.bad_step()) is not None:
+            self._stop_at(bad)
 
     def _due(self, before: int, every: int) -> bool:
         """Whether the step that began at `before` images passed a multiple of `every`, or ended the run."""
         return before // every != self.images_seen // every or self.images_seen >= self.config.train.images
 
-    def _start_run_folder(self) -> None:
-        """Write the resolved config, and drop log lines that a crash left after the checkpoint."""
-        publish(self.run / "config.yaml", dump_config(self.config).encode())
-        log = self.run / "log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        publish(log, "".join(line + "\n" for line in kept).encode())
+    def _log(self, tracker: Tracker) -> None:
+        self._check_finite()
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        values = self.window.close(step=self.step, batch_size=self.batch_size, lr=lr)
+        if self.main:
+            log_line(self.run, values, self.config.train.images)
+            tracker.log(values)
 
     def _check_cache(self, *, wait: bool) -> None:
         """ValueError when the hash of a file of the cache has been found to differ; with `wait`, of any file."""
@@ -205,138 +330,75 @@ class Trainer:
             self.verification.result()
             self.verification = None
 
-    def _save(self) -> None:
+    def _save(self, *, scheduled: bool) -> None:
+        """A checkpoint; one that is `scheduled` leaves the power-function averages in the run for good."""
+        self._check_finite()
         self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
+        settings = self.config.train
         state = {
             "step": self.step,
             "images_seen": self.images_seen,
+            "batch_size": self.batch_size,
             "classes": self.manifest.classes,
             "noise": asdict(self.noise),
-            "normalization": _as_json(self.normalization),
+            "normalization": as_json(self.normalization),
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
             "data_fingerprint": self.manifest.data_fingerprint,
+            "optimizer": settings.optimizer,
+            "weighting": settings.weighting,
+            "widths": ema_widths(self.config),
             "streamed": self.loader.access == "streamed",
+            "computer": self._computer(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
+        if state["widths"] and scheduled:
+            save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(
-            self.run, model=self.model, ema=self.ema, optimizer=self.optimizer, state=state, keep=self.config.train.keep
+            self.run,
+            objective=self.objective,
+            averages=self.averages,
+            optimizers=self.optimizers,
+            state={**state, "window": self.window.state()},
+            writing=self.main,
         )
-
-    @torch.inference_mode()
-    def _preview(self) -> None:
-        """A contact sheet of samples from the averaged weights, at fixed seeds."""
-        model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()
-        model.load_state_dict(self.ema.state_dict())
-        names = self.manifest.classes[:PREVIEW_CLASSES]
-        labels = torch.arange(len(names), device=self.device).repeat(PREVIEWS_PER_CLASS)
-        settings = self.config.sample
-        latents = draw(
-            guided(model, labels, settings.guidance),
-            make_scheduler(settings.scheduler, self.noise),
-            steps=settings.steps,
-            shape=(self.manifest.latent_channels, *self.manifest.shape[1:]),
-            generators=image_generators(settings.seed, list(range(len(labels)))),
-            device=self.device,
-        )
-        parts = self.normalization.denormalize(latents).split(len(names))  # a larger VAE has no room for all at once
-        images = torch.cat([to_images(self.vae.decode(part)) for part in parts]).cpu().numpy()
-        save_png(contact_sheet(images, labels.tolist(), names), self.run / "previews" / f"{self.images_seen:09d}.png")
-
-
-class _Window:
-    """Sums of what the steps since the last log line reported, kept on the device: no step waits for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, device=device)
-        self.steps = 0
-        self.started = time.monotonic()
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.sums += torch.stack([loss, norm])
-        self.steps += 1
-
-    def check_finite(self, step: int) -> None:
-        """FloatingPointError when a loss or gradient since the last line was NaN or infinite."""
-        if not self.sums.isfinite().all():
-            loss, norm = self.sums.tolist()
-            raise FloatingPointError(
-                f"train: the loss ({loss}) or its gradient's norm ({norm}) is not finite in the {self.steps} steps up"
-                f" to step {step}: lower train.lr, or use train.precision=bf16 for fp16; the same command goes on from"
-                " the last checkpoint"
+        if self.main:
+            prune_checkpoints(
+                self.run,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+                interval=settings.checkpoint_every,
+                batch_size=self.batch_size,
             )
 
-    def close(self, step: int, batch_size: int, lr: float) -> dict[str, Any]:
-        """The log line of the window, which starts anew."""
-        seconds = time.monotonic() - self.started
-        loss, norm = (self.sums / self.steps).tolist()
-        values = {
-            "step": step,
-            "images_seen": step * batch_size,
-            "loss": loss,
-            "gradient_norm": norm,
-            "lr": lr,
-            "images_per_second": round(self.steps * batch_size / seconds, 1),
-        }
-        self.sums.zero_()
-        self.steps = 0
-        self.restart_clock()
-        return values
+    def _leave(self, number: int, *, saved: bool) -> NoReturn:
+        """Save, unless that was just done or there is no time to, and exit with the signal's own status."""
+        name = signal.Signals(number).name
+        if self.verification and not wait([self.verification], _GRACE).done:
+            self.accelerator.print(f"train: {name}: the cache is not verified yet, so nothing new is saved")
+        else:
+            if not saved:
+                self._save(scheduled=False)
+            self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
+        raise SystemExit(128 + number)
 
-    def restart_clock(self) -> None:
-        self.started = time.monotonic()
-
-
-def _as_json(normalization: Normalization) -> dict[str, list[float]]:
-    return {name: list(values) for name, values in asdict(normalization).items()}
-
-
-def _normalization(config: Config, manifest: Manifest) -> Normalization:
-    if config.train.normalization == "cache":
-        return Normalization(manifest.mean, manifest.std)
-    channels = manifest.latent_channels
-    return Normalization((manifest.vae.shift_factor,) * channels, (1 / manifest.vae.scaling_factor,) * channels)
-
-
-def build_model(config: Config, manifest: Manifest) -> LatentUNet:
-    """The model of `config` for the latents of a cache, with weights that are a function of train.seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(coordinate_seed("model", config.train.seed))
-        model: LatentUNet = LatentUNet(
-            in_channels=manifest.latent_channels,
-            sample_size=manifest.shape[1],
-            num_classes=len(manifest.classes),
-            **config.model.model_dump(),
+    def _preview(self) -> None:
+        """A contact sheet of samples from the averaged weights."""
+        average = {name: full(value) for name, value in self.averages[EMA[0]].tensors.items()}
+        if not self.main:
+            return
+        model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()
+        model.load_state_dict(average)
+        draw_preview(
+            self.run / "previews" / f"{self.images_seen:09d}.png",
+            model,
+            noise=self.noise,
+            normalization=self.normalization,
+            vae=self.vae,
+            classes=self.manifest.classes,
+            settings=self.config.sample,
         )
-    return model
 
-
-def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
-    """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
-    stored = json.loads((checkpoint.path / "ema" / "config.json").read_text(encoding="utf-8"))
-    ours = {**config.model.model_dump(mode="json"), "num_classes": len(manifest.classes)}
-    pairs = [(f"model.{name}", stored[name], value) for name, value in ours.items()]
-    pairs += [
-        (f"noise.{name}", checkpoint.state["noise"][name], value) for name, value in config.noise.model_dump().items()
-    ]
-    pairs += [
-        ("classes", checkpoint.state["classes"], list(manifest.classes)),
-        ("data fingerprint", checkpoint.state["data_fingerprint"], manifest.data_fingerprint),
-        ("train.normalization", checkpoint.state["normalization"], _as_json(_normalization(config, manifest))),
-        ("vae", checkpoint.state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
-        ("data.image_size", checkpoint.state["image_size"], manifest.image_size),
-        ("train.batch_size", checkpoint.images_seen / checkpoint.state["step"], config.train.batch_size),
-    ]
-    for name, old, new in pairs:
-        if old != new:
-            raise ValueError(f"{checkpoint.path}: its {name} is {old}, this run has {new}: choose another --run")
-
-
-def _decay_groups(model: LatentUNet, config: Config) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels alone: not for biases, norms, positions or class embeddings."""
-    decayed = [
-        p for name, p in model.named_parameters() if p.ndim >= 2 and "positions" not in name and "classes" not in name
-    ]
-    chosen = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    def _draw_pictures(self) -> None:
+        draw_curves(self.run)
+        draw_strip(self.run, size=self.manifest.image_size, classes=len(self.manifest.classes))

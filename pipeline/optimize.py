@@ -1,0 +1,86 @@
+"""How weights move: the optimizers, their groups of parameters, and the learning rate as a function of images seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+_UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
+
+
+def make_optimizers(
+    module: nn.Module, *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
+) -> list[Optimizer]:
+    """AdamW for all parameters; with `kind` muon, Muon for the matrices of linear layers and AdamW for the rest.
+
+    Weights of linear layers and kernels decay; biases, norms, positions and class embeddings do not. Muon (Jordan 2024)
+    moves a matrix along its orthogonalised momentum, scaled to the size of AdamW's steps so that one learning rate
+    serves both (Liu et al. 2025, "Muon is scalable for LLM training", equation 4).
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed = {n: p for n, p in named if p.ndim >= 2 and not any(part in _UNDECAYED for part in n.split("."))}
+    matrices = [p for p in decayed.values() if p.ndim == 2] if kind == "muon" else []
+    others = [p for p in decayed.values() if p.ndim > 2 or kind != "muon"]
+    rest = [p for n, p in named if n not in decayed]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=lr, betas=betas, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def set_lr(optimizers: list[Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def lr_at(images_seen: int, *, schedule: str, peak: float, images: int, warmup: int, decay: float) -> float:
+    """The learning rate of a step that begins at `images_seen`: up over `warmup` images, and then
+
+    constant: `peak`; cosine: half a cosine from `peak` after the warm-up to 0 at `images` (Loshchilov and Hutter 2017,
+    equation 5); trapezoid: `peak`, and straight down to 0 over the last share `decay` of the run; inverse_sqrt:
+    `peak` times the square root of `warmup` / images seen (Vaswani et al. 2017, equation 3).
+    """
+    rise = (images_seen + 1) / warmup if warmup else 1.0
+    match schedule:
+        case "cosine":
+            progress = (images_seen - warmup) / max(images - warmup, 1)
+            fall = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+        case "trapezoid":
+            fall = (images - images_seen) / (decay * images) if decay else 1.0
+        case "inverse_sqrt":
+            fall = math.sqrt(warmup / max(images_seen, 1))
+        case _:
+            fall = 1.0
+    return peak * max(0.0, min(1.0, rise, fall))
+
+
+class FiniteGuard:
+    """Keeps a step whose gradient is NaN or infinite from changing any weight, and remembers which step it was.
+
+    `deferred`: fused AdamW is told on the device to skip that step and all that follow (`found_inf`), so that the host
+    learns of it later without ever having made the device wait. Otherwise the host asks before each update.
+    """
+
+    def __init__(self, device: torch.device, *, deferred: bool) -> None:
+        self.deferred = deferred
+        self._first_bad = torch.full((), -1, device=device)
+
+    def check(self, step: int, norm: torch.Tensor, optimizers: list[Optimizer]) -> int | None:
+        """To be called before the update of `step`, with its gradient's norm: as `bad_step`, or None if deferred."""
+        bad = (self._first_bad < 0) & ~norm.isfinite()
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        if not self.deferred:
+            return self.bad_step()
+        for optimizer in optimizers:
+            optimizer.found_inf = (self._first_bad >= 0).float()  # type: ignore[attr-defined]
+        return None
+
+    def bad_step(self) -> int | None:
+        """The first step whose gradient was not finite; this waits for the device."""
+        step = int(self._first_bad)
+        return None if step < 0 else step

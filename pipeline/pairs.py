@@ -1,0 +1,35 @@
+"""Which choices go together. Imports nothing, so that a config is refused at once, by the rules of the parts."""
+
+from __future__ import annotations
+
+STEPS = 1000  # of the discrete schedules
+
+
+def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool) -> None:
+    """ValueError, with the reason, when a noise process could not be learnt or sampled."""
+    flow = schedule == "flow"
+    if flow != (prediction == "flow"):
+        raise ValueError(
+            f"schedule {schedule} does not go with prediction {prediction}: flow goes with flow alone, the discrete"
+            " schedules with epsilon, x0 or v"
+        )
+    if flow and zero_terminal_snr:
+        raise ValueError("zero_terminal_snr does not go with schedule flow, which ends in pure noise as it is")
+    if prediction == "epsilon" and zero_terminal_snr:
+        raise ValueError(
+            "zero_terminal_snr does not go with prediction epsilon: where all is noise, epsilon is the input itself"
+            " and says nothing of the image; use v or x0"
+        )
+
+
+def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
+    """ValueError, naming the field, when `scheduler` cannot draw from a model trained on `schedule` in `steps`."""
+    flow = schedule == "flow"
+    if flow != (scheduler == "euler"):
+        raise ValueError(
+            f"sample.scheduler: {scheduler} cannot draw from a model trained on the {schedule} schedule: use"
+            f" {'euler' if flow else 'ddpm or ddim'}"
+        )
+    if scheduler == "ddim" and STEPS % steps:
+        # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
+        raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")

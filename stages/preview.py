@@ -1,0 +1,62 @@
+"""Pictures of what a model has learnt so far: a contact sheet at a time, and a strip of all times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from pipeline.noise import NoiseProcess
+from pipeline.objective import Normalization
+from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.unet import LatentUNet
+from pipeline.vae import FrozenVae, to_images
+from stages.config import Sample
+from stages.pictures import contact_sheet, save_png, strip
+
+PER_CLASS = 4
+CLASSES = 10  # of a preview: the first ones
+STRIP = "previews.png"
+_STRIP_ROWS = 12
+
+
+@torch.inference_mode()
+def draw_preview(
+    file: Path,
+    model: LatentUNet,
+    *,
+    noise: NoiseProcess,
+    normalization: Normalization,
+    vae: FrozenVae,
+    classes: Sequence[str],
+    settings: Sample,
+) -> None:
+    """Publish a contact sheet of samples at fixed seeds, with the sampler and the guidance of `settings`."""
+    names = classes[:CLASSES]
+    labels = torch.arange(len(names), device=vae.device).repeat(PER_CLASS)
+    size = model.config["sample_size"]
+    latents = draw(
+        guided(model, labels, settings.guidance),
+        make_scheduler(settings.scheduler, noise, settings.steps),
+        shape=(model.config["in_channels"], size, size),
+        generators=image_generators(settings.seed, list(range(len(labels)))),
+        device=vae.device,
+    )
+    parts = normalization.denormalize(latents).split(len(names))  # a larger VAE has no room for all at once
+    images = torch.cat([to_images(vae.decode(part)) for part in parts]).cpu().numpy()
+    save_png(contact_sheet(images, labels.tolist(), names), file)
+
+
+def draw_strip(run: Path, *, size: int, classes: int) -> None:
+    """Publish previews.png: one image a class of every preview of a run or, of many, of some at equal distances."""
+    files = sorted((run / "previews").glob("*.png"))
+    if not files:
+        return
+    last = len(files) - 1
+    rows = min(len(files), _STRIP_ROWS)
+    chosen = [files[round(i * last / max(rows - 1, 1))] for i in range(rows)]
+    sheets = [Image.open(file).convert("RGB") for file in chosen]
+    captions = [f"{int(file.stem):,}" for file in chosen]
+    save_png(strip(sheets, captions, size=size, classes=min(classes, CLASSES)), run / STRIP)

@@ -1,0 +1,171 @@
+"""Where a run begins: its newest checkpoint, another run's averaged weights, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from data.manifest import Manifest
+from pipeline.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
+from pipeline.cost import fitting_rows
+from pipeline.objective import Normalization, coordinate_seed
+from pipeline.unet import LatentUNet
+from stages.config import Config
+
+_MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
+
+
+def build_model(config: Config, manifest: Manifest) -> LatentUNet:
+    """The model of `config` for the latents of a cache, with weights that are a function of train.seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(coordinate_seed("model", config.train.seed))
+        model: LatentUNet = LatentUNet(
+            in_channels=manifest.latent_channels,
+            sample_size=manifest.shape[1],
+            num_classes=len(manifest.classes),
+            **config.model.model_dump(),
+        )
+    if config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def normalization_of(config: Config, manifest: Manifest) -> Normalization:
+    """How this run's latents are brought to about zero mean and unit variance."""
+    if config.train.normalization == "cache":
+        return Normalization(manifest.mean, manifest.std)
+    channels = manifest.latent_channels
+    return Normalization((manifest.vae.shift_factor,) * channels, (1 / manifest.vae.scaling_factor,) * channels)
+
+
+def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, if it has any: the main process verifies hashes, the others follow it."""
+    found = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    checkpoint = None
+    if accelerator.is_main_process:
+        checkpoint, passed_over = newest_checkpoint(run)
+        for line in passed_over:
+            print(f"train: passed over {line}", flush=True)
+        if passed_over and not checkpoint:
+            raise ValueError(f"{run}/checkpoints: none is whole ({passed_over[0]}): move the folder away to start anew")
+        found += checkpoint.images_seen if checkpoint else 0
+    images_seen = int(accelerator.reduce(found, "sum"))
+    if images_seen and not checkpoint:
+        folder = checkpoint_path(run, images_seen)
+        if not folder.exists():
+            raise ValueError(f"{folder} is not there, but the first process has it: --run must be on a shared disk")
+        checkpoint = open_checkpoint(folder, verify=False)
+    if checkpoint and not checkpoint.resumable:
+        raise ValueError(f"{checkpoint.path} holds an average alone, made by `latentmill ema`: choose another --run")
+    return checkpoint
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
+    """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
+    state, train = checkpoint.state, config.train
+    pairs = [
+        *_model_pairs(checkpoint, config),
+        *((f"noise.{name}", state["noise"][name], value) for name, value in config.noise.model_dump().items()),
+        ("classes", state["classes"], list(manifest.classes)),
+        ("data fingerprint", state["data_fingerprint"], manifest.data_fingerprint),
+        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest))),
+        ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
+        ("data.image_size", state["image_size"], manifest.image_size),
+        ("train.batch_size", state["batch_size"], train.batch_size),
+        ("train.optimizer", state["optimizer"], train.optimizer),
+        ("train.weighting", state["weighting"], train.weighting),
+        ("train.ema and ema_widths", state["widths"], ema_widths(config)),
+    ]
+    for name, old, new in pairs:
+        if old != new:
+            raise ValueError(f"{checkpoint.path}: its {name} is {old}, this run has {new}: choose another --run")
+
+
+def ema_widths(config: Config) -> list[float]:
+    """The widths of the power-function averages; none where the average is exponential."""
+    return list(config.train.ema_widths) if config.train.ema == "power" else []
+
+
+def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> str:
+    """Load the averaged weights of `train.init`, a run or a checkpoint, into `model`; what was done, in one line.
+
+    Another list of classes has a new table of classes, but for the null class. ValueError where the model, the noise
+    process or the VAE differ.
+    """
+    source = config.train.init
+    assert source
+    checkpoint = open_checkpoint(source) if (source / "state.json").is_file() else newest_checkpoint(source)[0]
+    if not checkpoint:
+        raise ValueError(f"train.init: no whole checkpoint in {source}")
+    state = checkpoint.state
+    pairs = _model_pairs(checkpoint, config)
+    pairs += [
+        (f"noise.{name}", state["noise"][name], getattr(config.noise, name)) for name in ("schedule", "prediction")
+    ]
+    pairs.append(("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256))
+    if config.model.bottleneck == "transformer":  # which has learnt a position for every token
+        pairs.append(("size of latents", checkpoint.model_config()["sample_size"], manifest.shape[1]))
+    for name, old, new in pairs:
+        if old != new:
+            raise ValueError(f"train.init: {checkpoint.path}: its {name} is {old}, this run has {new}")
+    weights, line = checkpoint.ema_weights(), f"beginning with the averaged weights of {checkpoint.path}"
+    if state["classes"] != list(manifest.classes):
+        table = model.classes.weight.detach().clone()
+        table[-1] = weights["classes.weight"][-1]
+        weights["classes.weight"] = table
+        line += f"; {len(manifest.classes)} classes instead of its {len(state['classes'])}: their table is new"
+    model.load_state_dict(weights)
+    return line
+
+
+def with_batch_size(
+    config: Config, manifest: Manifest, checkpoint: Checkpoint | None, accelerator: Accelerator
+) -> Config:
+    """`config` with a number for train.batch_size=auto: the checkpoint's, or the largest power of two for which every
+    process has room in half of its free memory, and which leaves the run 1000 steps."""
+    train = config.train
+    if train.batch_size != "auto":
+        return config
+    if checkpoint:
+        return _with_train(config, batch_size=checkpoint.state["batch_size"])
+    free = _free_memory(accelerator) // 2
+    with torch.device("meta"):
+        model = build_model(config, manifest)
+    rows = fitting_rows(model, free, averages=2 if train.ema == "power" else 1, half=train.precision != "no")
+    rows = int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).min())
+    if not rows:
+        raise ValueError(f"train.batch_size: not one image fits into {free / 1e9:.1f} GB: use a smaller model")
+    step = accelerator.num_processes * train.accumulate  # images of a batch at one row for each process and part
+    limit = max(train.images // _MIN_STEPS, step)
+    size = step
+    while size * 2 <= limit and size * 2 <= rows * step:
+        size *= 2
+    accelerator.print(
+        f"train: train.batch_size = {size} (auto: memory for {rows * step:,}, at least {_MIN_STEPS} steps)"
+    )
+    return _with_train(config, batch_size=size)
+
+
+def as_json(normalization: Normalization) -> dict[str, list[float]]:
+    return {name: list(values) for name, values in asdict(normalization).items()}
+
+
+def _model_pairs(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
+    stored = checkpoint.model_config()
+    return [(f"model.{name}", stored[name], value) for name, value in config.model.model_dump(mode="json").items()]
+
+
+def _with_train(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _free_memory(accelerator: Accelerator) -> int:
+    """Bytes that this process can have: of its GPU, or its share of the machine's."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.mem_get_info(accelerator.device)[0]
+    return psutil.virtual_memory().available // accelerator.num_processes

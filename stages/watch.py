@@ -1,0 +1,181 @@
+"""What a run says of itself: sums kept on the device, lines in log.jsonl, one status line for people, curves.png."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.storage import append_line, publish
+from pipeline.cost import peak_flops
+from pipeline.pairs import STEPS
+
+LEVELS = 10  # parts of the timesteps in which the loss is logged
+LOG, CURVES = "log.jsonl", "curves.png"
+
+
+class Window:
+    """Sums of what the steps since the last log line reported, kept on the device: no step waits for them.
+
+    They are part of a checkpoint, so that a line of the log does not depend on where a run was interrupted.
+    """
+
+    def __init__(self, accelerator: Accelerator, flops_per_image: int) -> None:
+        self._accelerator, self.flops = accelerator, flops_per_image
+        self._sums = torch.zeros(2 + 2 * LEVELS, device=accelerator.device)
+        self._steps = 0
+        self.restart_clock()
+
+    def add(self, loss: Tensor, norm: Tensor, errors: Tensor, times: Tensor) -> None:
+        """The loss and gradient norm of a step, and the errors `B` of its images at their timesteps `B`."""
+        levels = F.one_hot((times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1), LEVELS).float()
+        self._sums += torch.cat([torch.stack([loss, norm]), errors @ levels, levels.sum(dim=0)])
+        self._steps += 1
+        self._timed += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block in which the host waits for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that does not count in images/s: checkpoints and previews."""
+        started = time.monotonic()
+        yield
+        self._started += time.monotonic() - started
+
+    def close(self, *, step: int, batch_size: int, lr: float) -> dict[str, Any]:
+        """The log line of the window that ends after `step`; it starts anew. All processes call it."""
+        sums = self._accelerator.reduce(self._sums, "sum").tolist()
+        seconds, steps = time.monotonic() - self._started, self._steps * self._accelerator.num_processes
+        pairs = zip(sums[2 : 2 + LEVELS], sums[2 + LEVELS :], strict=True)
+        values = {
+            "step": step,
+            "images_seen": step * batch_size,
+            "loss": sums[0] / steps,
+            "gradient_norm": sums[1] / steps,
+            "lr": lr,
+            "loss_by_noise": [total / count if count else None for total, count in pairs],
+            **self._speed(self._timed * batch_size / seconds),
+            "data_wait": round(self._waited / seconds, 4),
+            "memory_gb": round(_peak_memory(self._accelerator.device) / 1e9, 3),
+        }
+        self._sums.zero_()
+        self._steps = 0
+        self.restart_clock()
+        return values
+
+    def restart_clock(self) -> None:
+        self._started, self._waited, self._timed = time.monotonic(), 0.0, 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the sums of every process, as JSON keeps them exactly. All processes call it."""
+        return {"steps": self._steps, "sums": self._accelerator.gather(self._sums[None]).tolist()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; processes of another number share the sums of all."""
+        sums = torch.tensor(state["sums"], device=self._accelerator.device)
+        processes, rank = self._accelerator.num_processes, self._accelerator.process_index
+        self._sums = sums[rank].clone() if len(sums) == processes else sums.sum(dim=0) / processes
+        self._sums[:2] *= processes / len(sums) if len(sums) != processes else 1  # these two are means of each process
+        self._steps = state["steps"]
+
+    def _speed(self, images_per_second: float) -> dict[str, float]:
+        rate = images_per_second * self.flops
+        values = {"images_per_second": round(images_per_second, 1), "teraflops_per_second": round(rate / 1e12, 4)}
+        if self._accelerator.device.type == "cuda":
+            half = self._accelerator.mixed_precision != "no"
+            peak = peak_flops(torch.cuda.get_device_name(self._accelerator.device), half=half)
+            if peak:
+                values["flop_share"] = round(rate / (peak * self._accelerator.num_processes), 4)
+        return values
+
+
+def begin_log(run: Path, images_seen: int) -> None:
+    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off."""
+    log = run / LOG
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["images_seen"] <= images_seen]
+    publish(log, "".join(line + "\n" for line in kept).encode())
+
+
+def log_line(run: Path, values: dict[str, Any], images: int) -> None:
+    """Add `values` to the log and say them in one line, with the time that is left of a run of `images`."""
+    append_line(run / LOG, json.dumps(values))
+    seen, left = values["images_seen"], max(images - values["images_seen"], 0) / values["images_per_second"]
+    print(
+        f"train: {seen:>{len(f'{images:,}')},} of {images:,} images   loss {values['loss']:.4f}"
+        f"   gradient {values['gradient_norm']:.3f}   lr {values['lr']:.1e}"
+        f"   {values['images_per_second']:,.1f} images/s"
+        + (f", {values['flop_share']:.0%} of the GPU's peak" if "flop_share" in values else "")
+        + (f", {values['data_wait']:.0%} waiting for data" if values["data_wait"] >= 0.005 else "")
+        + (f"   {_duration(left)} left" if left else ""),
+        flush=True,
+    )
+
+
+def draw_curves(run: Path) -> None:
+    """Publish curves.png: the loss, the loss at each noise level, the gradient's norm, the learning rate, the speed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return
+    seen = [line["images_seen"] for line in lines]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
+    by_noise = axes[0][1]
+    for level in range(LEVELS):
+        values = [line["loss_by_noise"][level] for line in lines]  # None where no image fell into it: a gap
+        label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
+        color = colormaps["viridis"](level / LEVELS)
+        by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
+    by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, ncols=2, loc="upper right")
+    axes[0][0].plot(seen, [line["loss"] for line in lines], lw=1)
+    axes[1][0].plot(seen, [line["gradient_norm"] for line in lines], lw=1)
+    axes[1][1].plot(seen, [line["images_per_second"] for line in lines], lw=1)
+    rate = axes[1][1].twinx()
+    rate.plot(seen, [line["lr"] for line in lines], lw=1, color="tab:orange")
+    rate.set_ylabel("learning rate", color="tab:orange")
+    rate.set_ylim(bottom=0)
+    titles = ("loss", "mean squared error at each noise level", "norm of the gradient", "images/s and learning rate")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("images seen", fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in (axes[0][0], by_noise, axes[1][0]):
+        axis.set_yscale("log")
+    axes[1][1].set_ylim(bottom=0)
+    figure.suptitle(run.resolve().name)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    publish(run / CURVES, buffer.getvalue())
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's memory, or of the process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
