@@ -1,0 +1,199 @@
+"""Checkpoints: whole or absent, verified, and as many as are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from pipeline.checkpoint import (
+    checkpoint_folders,
+    checkpoint_path,
+    load_training_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from pipeline.ema import Average
+from pipeline.objective import Objective
+from pipeline.optimize import make_optimizers
+from pipeline.unet import LatentUNet
+from tests.small_world import tree
+from tests.test_objective import FLOW, draws, normals
+from tests.test_unet import build, scrambled
+
+
+class Parts(NamedTuple):
+    """What a checkpoint holds."""
+
+    objective: Objective
+    averages: dict[str, Average]
+    optimizers: list[Optimizer]
+
+
+def parts(model: LatentUNet, kind: str = "muon") -> Parts:
+    objective = Objective(model.to(memory_format=torch.channels_last), FLOW, "learned")
+    averages = {name: Average(model, lambda seen, batch, w=w: w) for name, w in (("ema", 0.5), ("ema_2", 0.1))}
+    return Parts(
+        objective,
+        averages,
+        make_optimizers(objective, kind=kind, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    )
+
+
+def trained(steps: int = 2) -> Parts:
+    """A tiny model after some steps, its averages and its optimizers."""
+    made = parts(scrambled())
+    for step in range(steps):
+        drawn = draws(step=step)
+        loss, _ = made.objective(normals(8, 4, 4, 4, seed=step), drawn.noise, drawn.times, torch.arange(8) % 3)
+        loss.backward()
+        for optimizer in made.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for average in made.averages.values():
+            average.update(images_seen=3 * (step + 1), batch_size=3)
+    return made
+
+
+def save(run: Path, images_seen: int) -> Path:
+    save_checkpoint(run, **trained()._asdict(), state={"images_seen": images_seen})
+    return checkpoint_path(run, images_seen)
+
+
+def test_a_checkpoint_brings_back_weights_averages_and_optimizers(tmp_path: Path) -> None:
+    before, after = trained(), parts(build(seed=1))
+    save_checkpoint(tmp_path, **before._asdict(), state={"images_seen": 6})
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.images_seen, passed_over) == (6, [])
+    load_training_state(checkpoint, *after)
+    for name, value in before.objective.state_dict().items():
+        assert torch.equal(after.objective.state_dict()[name], value)
+    for name, average in before.averages.items():
+        for key, value in average.tensors.items():
+            assert torch.equal(after.averages[name].tensors[key], value)
+    assert not torch.equal(
+        before.averages["ema"].tensors["conv_in.bias"], before.averages["ema_2"].tensors["conv_in.bias"]
+    )
+    for ours, theirs in zip(before.optimizers, after.optimizers, strict=True):
+        expected, loaded = ours.state_dict()["state"], theirs.state_dict()["state"]
+        assert expected.keys() == loaded.keys()
+        for i, state in expected.items():
+            assert state.keys() == loaded[i].keys()
+            assert all(torch.equal(value, loaded[i][key]) for key, value in state.items())
+
+
+def test_loaded_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
+    """Else the fused step would take strided copies."""
+    after = parts(build(seed=1), kind="adamw")
+    save_checkpoint(tmp_path, **parts(scrambled(), kind="adamw")._asdict(), state={"images_seen": 3})
+    before = parts(scrambled(), kind="adamw")
+    drawn = draws()
+    before.objective(normals(8, 4, 4, 4), drawn.noise, drawn.times, torch.arange(8) % 3)[0].backward()
+    before.optimizers[0].step()
+    save_checkpoint(tmp_path, **before._asdict(), state={"images_seen": 6})
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    load_training_state(checkpoint, *after)
+    for parameter, state in after.optimizers[0].state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+
+
+def test_the_average_is_a_model_folder_of_its_own(tmp_path: Path) -> None:
+    average = trained().averages["ema"].tensors
+    model = LatentUNet.from_pretrained(save(tmp_path, 6) / "ema")
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
+    files = tree(save(tmp_path, 6))
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json"}
+    hashed = json.loads(files["state.json"])["sha256"]
+    assert hashed.keys() == files.keys() - {"state.json"}
+
+
+def test_the_newest_checkpoints_by_images_seen_are_kept(tmp_path: Path) -> None:
+    for images_seen in (9, 99, 100, 1_000_000_000, 1_000_000_001):
+        save(tmp_path, images_seen)
+        prune_checkpoints(tmp_path, keep=2, keep_every=0, interval=10**12, batch_size=3)
+    assert [int(folder.name) for folder in checkpoint_folders(tmp_path)] == [1_000_000_000, 1_000_000_001]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1000000000", "1000000001"]
+
+
+def test_every_nth_scheduled_checkpoint_stays(tmp_path: Path) -> None:
+    """Every 10 images in batches of 3: 12, 21, 30, ...; a signal asked for those at 27 and 63."""
+    for images_seen in (12, 21, 27, 30, 42, 51, 60, 63, 72, 81):
+        save(tmp_path, images_seen)
+        prune_checkpoints(tmp_path, keep=1, keep_every=2, interval=10, batch_size=3)
+    assert [int(folder.name) for folder in checkpoint_folders(tmp_path)] == [21, 42, 60, 81]
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = folder / "optimizer.safetensors"
+    payload = bytearray(file.read_bytes())
+    payload[-1] ^= 1
+    file.write_bytes(payload)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "ema" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_the_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def lose_the_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def empty_the_state(folder: Path) -> None:
+    (folder / "state.json").write_text("[]", encoding="utf-8")
+
+
+DAMAGE = [flip_a_byte, truncate, lose_the_state, lose_the_weights, empty_the_state]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    save(tmp_path, 6)
+    damage(save(tmp_path, 12))
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 6
+    assert len(passed_over) == 1
+    assert str(tmp_path / "checkpoints" / "000000012") in passed_over[0]
+
+
+def test_where_every_checkpoint_is_damaged_there_is_none(tmp_path: Path) -> None:
+    lose_the_state(save(tmp_path, 6))
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint is None
+    assert len(passed_over) == 1
+
+
+def test_saving_never_deletes_what_it_has_just_saved(tmp_path: Path) -> None:
+    save(tmp_path, 6)
+    lose_the_state(save(tmp_path, 12))
+    save(tmp_path, 9)  # the run went on from 6, with another checkpoint_every
+    prune_checkpoints(tmp_path, keep=1, keep_every=0, interval=3, batch_size=3)
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 9
+
+
+def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 6)
+    monkeypatch.setattr("pipeline.checkpoint.publish_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 12)
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.images_seen, passed_over) == (6, [])
