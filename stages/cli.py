@@ -122,6 +122,19 @@ def train(config: Any, run: Path) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--width", type=float, required=True, help="Standard deviation, as a share of the run: 0.15, say.")
+@click.option("--images", type=int, help="Images seen at which the average ends  [default: the last snapshot]")
+@click.option("--to", type=click.Path(path_type=Path), help="Folder of the new run  [default: RUN-emaWIDTH]")
+@_errors_in_one_line
+def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
+    """Make the average of any width from a RUN with train.ema=power, as a run that sample and decode take."""
+    from stages.ema import ema
+
+    ema(run, width, images, to)
+
+
+@main.command()
 @_stage
 def sample(config: Any, run: Path) -> None:
     """Draw latents from the newest checkpoint of the run."""

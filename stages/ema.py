@@ -1,0 +1,51 @@
+"""An average of the weights of a width that was not tracked, from the snapshots of two that were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.storage import publish
+from pipeline.checkpoint import (
+    AVERAGES,
+    EMA,
+    Checkpoint,
+    checkpoint_folders,
+    checkpoint_path,
+    open_checkpoint,
+    save_reconstruction,
+)
+from pipeline.ema import gamma_of, reconstruction, weighted_sum
+
+
+def ema(run: Path, width: float, images: int | None, to: Path | None) -> Path:
+    """Write the power-function average of `width` at `images` seen (the last snapshot's, by default) as a run of its
+    own, which sample, decode and `train.init` take; the folder of that run."""
+    gamma = gamma_of(width)
+    folders = checkpoint_folders(run, AVERAGES)
+    if not folders:
+        raise ValueError(f"{run}/{AVERAGES}: no snapshots: they are kept by runs with train.ema=power")
+    images = int(folders[-1].name) if images is None else images
+    snapshots = [open_checkpoint(folder) for folder in folders if int(folder.name) <= images]
+    if not snapshots or snapshots[-1].images_seen != images:
+        known = ", ".join(str(int(folder.name)) for folder in folders)
+        raise ValueError(f"--images {images}: there is no snapshot at that time: choose from {known}")
+    target = to or run.with_name(f"{run.resolve().name}-ema{width:g}")
+    _reconstruct(target, snapshots, width, gamma)
+    if (config := run / "config.yaml").exists():
+        publish(target / "config.yaml", config.read_bytes())
+    print(f"ema: width {width:g} at {images:,} images from {len(snapshots)} snapshots of two averages: {target}")
+    return target
+
+
+def _reconstruct(target: Path, snapshots: list[Checkpoint], width: float, gamma: float) -> None:
+    sources = [
+        (snapshot, name, gamma_of(tracked))
+        for snapshot in snapshots
+        for name, tracked in zip(EMA, snapshot.state["widths"], strict=True)
+    ]
+    last = snapshots[-1]
+    weights = reconstruction([(s.images_seen, g) for s, _, g in sources], last.images_seen, gamma).tolist()
+    loaded = [snapshot.ema_weights(name) for snapshot, name, _ in sources]  # memory-mapped
+    tensors = {key: weighted_sum([each[key] for each in loaded], weights) for key in loaded[0]}
+    state = {**{k: v for k, v in last.state.items() if k != "sha256"}, "widths": [width]}
+    save_reconstruction(checkpoint_path(target, last.images_seen), last, tensors, state)

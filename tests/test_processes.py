@@ -1,0 +1,219 @@
+"""Real processes, one and two (gloo), that are killed, told to go, and continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.cache import LatentCache
+from data.loader import LatentLoader
+from tests.small_world import World, succeed, tree
+from tests.test_training import log_of
+
+ROOT = Path(__file__).parent.parent
+# 200 steps with dropout, posterior noise, label dropout, a learned weighting and two averages
+LONG = (
+    "train.images=800",
+    "train.log_every=40",
+    "train.checkpoint_every=200",
+    "train.preview_every=400",
+    "train.weighting=learned",
+    "train.ema=power",
+    "train.accumulate=2",
+)
+
+
+def start(world: World, run: Path, processes: int, overrides: tuple[str, ...] = LONG) -> subprocess.Popen[str]:
+    """`train` as people start it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--", "stages"]
+    command = [sys.executable, *(launcher if processes > 1 else ["-m", "stages"])]
+    command += ["train", "--config", str(world.config), "--run", str(run)]
+    for override in overrides:
+        command += ["--set", override]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What a process prints until it ends with `code`."""
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == code, printed
+    return printed
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [*parent.children(recursive=True), parent]
+
+
+@contextmanager
+def after_lines(process: subprocess.Popen[str], run: Path, lines: int) -> Iterator[None]:
+    """A block that runs as soon as the run's log has as many lines, while it goes on."""
+    log = run / "log.jsonl"
+    for _ in range(60_000):
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    yield
+    assert log.read_bytes().count(b"\n") < 20, "it was over before it was interrupted"
+
+
+def kill(process: subprocess.Popen[str], run: Path, lines: int) -> None:
+    with after_lines(process, run, lines):
+        for member in family(process):
+            member.kill()
+        process.communicate(timeout=60)
+
+
+def assert_same(run: Path, straight: Path) -> None:
+    for folder in ("checkpoints", "averages", "previews"):
+        assert tree(run / folder) == tree(straight / folder), folder
+    assert log_of(run) == log_of(straight)
+    assert len(log_of(run)) == 20
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that nothing disturbs."""
+    run = tmp_path_factory.mktemp("alone")
+    finish(start(world, run, 1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbs."""
+    run = tmp_path_factory.mktemp("pair")
+    finish(start(world, run, 2))
+    return run
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
+    world: World, alone: Path, tmp_path: Path
+) -> None:
+    for lines in (3, 8, 16):  # before the first checkpoint, and twice between two of them
+        kill(start(world, tmp_path, 1), tmp_path, lines)
+    assert "continuing" in finish(start(world, tmp_path, 1))
+    assert_same(tmp_path, alone)
+
+
+def test_a_run_of_two_processes_that_is_killed_ends_as_one_that_was_not(
+    world: World, pair: Path, tmp_path: Path
+) -> None:
+    kill(start(world, tmp_path, 2), tmp_path, 8)
+    assert "continuing" in finish(start(world, tmp_path, 2))
+    assert_same(tmp_path, pair)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_has_an_exit_code_of_its_own(
+    world: World, alone: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(world, tmp_path, 1)
+    with after_lines(process, tmp_path, 7):
+        process.send_signal(number)
+        printed = finish(process, 128 + number)
+    assert f"{number.name}: saved at " in printed
+    newest = max(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    assert newest >= 280
+    assert f"at {newest:,} images" in finish(start(world, tmp_path, 1))
+    assert_same(tmp_path, alone)
+
+
+def test_a_signal_to_one_of_two_processes_saves_both(world: World, pair: Path, tmp_path: Path) -> None:
+    process = start(world, tmp_path, 2)
+    with after_lines(process, tmp_path, 7):
+        workers = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
+        workers[0].send_signal(signal.SIGUSR1)
+        printed, _ = process.communicate(timeout=120)
+    assert "SIGUSR1: saved at " in printed
+    assert process.returncode != 0
+    finish(start(world, tmp_path, 2))
+    assert_same(tmp_path, pair)
+
+
+def test_a_signal_to_the_launcher_reaches_all_processes(world: World, pair: Path, tmp_path: Path) -> None:
+    process = start(world, tmp_path, 2)
+    with after_lines(process, tmp_path, 7):
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=120)
+    assert "SIGTERM: saved at " in printed
+
+
+def test_two_processes_become_one_that_reads_the_same_images_at_the_same_rate(
+    world: World, alone: Path, pair: Path, tmp_path: Path
+) -> None:
+    kill(start(world, tmp_path, 2), tmp_path, 8)
+    printed = finish(start(world, tmp_path, 1))
+    assert "processes 1 instead of 2" in printed
+    assert "bits may differ" in printed
+    rates = [[(line["images_seen"], line["lr"]) for line in log_of(run)] for run in (tmp_path, alone, pair)]
+    assert rates[0] == rates[1] == rates[2]
+    assert tree(tmp_path / "checkpoints") != tree(pair / "checkpoints")
+
+
+def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(world: World) -> None:
+    cache = LatentCache(world.cache)
+
+    def images(step: int, processes: int) -> list[int]:
+        loaders = [
+            LatentLoader(
+                cache, seed=0, batch_size=4, rank=rank, world_size=processes, device=torch.device("cpu")
+            )
+            for rank in range(processes)
+        ]
+        return [int(i) for loader in loaders for i in loader.batch(step).indices]
+
+    for step in range(8):
+        assert images(step, 1) == images(step, 2) == images(step, 4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_have_the_gradients_of_one_with_the_same_batch(
+    world: World, tmp_path: Path, accumulate: int
+) -> None:
+    """After one step of AdamW, exp_avg is a tenth of the gradient; dropout alone is drawn by process."""
+    overrides = ("train.images=4", "train.grad_clip=1000000", "model.dropout=0", "train.betas=[0.9, 0.95]")
+    more = (f"train.accumulate={accumulate}",)
+    succeed("train", world.config, tmp_path / "one", *overrides)
+    finish(start(world, tmp_path / "two", 2, overrides + more))
+    one, two = (
+        load_file(tmp_path / name / "checkpoints" / "000000004" / "optimizer.safetensors") for name in ("one", "two")
+    )
+    gradients = {name: value for name, value in one.items() if name.startswith("exp_avg.")}
+    assert any(value.abs().max() > 1e-3 for value in gradients.values())
+    for name, gradient in gradients.items():
+        assert torch.allclose(two[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+def test_a_second_launch_on_a_run_is_refused_and_told_of_the_first(world: World, tmp_path: Path) -> None:
+    first = start(world, tmp_path, 1)
+    with after_lines(first, tmp_path, 1):
+        printed = finish(start(world, tmp_path, 1), code=2)
+        for member in family(first):
+            member.kill()
+        first.communicate(timeout=60)
+    assert f"training, process {first.pid} on " in printed
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_copies_that_are_not_connected_are_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true" if name == "SLURM_STEP_NUM_TASKS" else "false")
+    printed = finish(start(world, tmp_path, 1), code=2)
+    assert printed.splitlines()[-1].startswith(f"error: {name} = 2, but 1 process(es) are connected")
+    assert not (tmp_path / "log.jsonl").exists()
+    assert os.environ[name] == "2"
