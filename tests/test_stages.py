@@ -258,7 +258,7 @@ def test_a_run_with_another_number_of_classes_is_refused(world: World, tmp_path:
     overrides = (f"data.source={tmp_path / 'images'}", f"cache.path={tmp_path / 'cache'}")
     succeed("encode", world.config, tmp_path, *overrides)
     before = tree(world.run)
-    refuse(run_stage("train", world.config, world.run, *overrides), "num_classes", "2", "3", "--run")
+    refuse(run_stage("train", world.config, world.run, *overrides), "classes", "owl", "--run")
     assert tree(world.run) == before
 
 
@@ -315,8 +315,8 @@ from pathlib import Path
 from stages.config import load_config
 from stages.tracker import Tracker
 config = load_config(Path({str(world.config)!r}))
-with Tracker("wandb", Path({str(tmp_path)!r}), config, active=True) as tracker:
-    tracker.log({{"images_seen": 8, "loss": 1.0}})
+with Tracker("wandb", Path({str(tmp_path)!r}), config, images_seen=0, active=True) as tracker:
+    tracker.log({{"images_seen": 8, "loss": 1.0, "loss_by_noise": [0.5, None]}})
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
     try:
