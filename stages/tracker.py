@@ -76,6 +76,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
             return wandb.init(**options, mode="online", resume="allow")
         except wandb.errors.Error as error:  # no answer, or a key that is not accepted
             print(f"train: wandb: {' '.join(str(error).split())}: going on offline", flush=True)
+            wandb.teardown()  # or the run's id would be taken
             mode = "offline"
     return wandb.init(**options, mode=mode)
 

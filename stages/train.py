@@ -131,12 +131,10 @@ class Trainer:
                 if self._due(before, settings.log_every):
                     self._log(tracker)
                 with self.window.paused():
-                    if previewing := self._due(before, settings.preview_every):
+                    if self._due(before, settings.preview_every):
                         self._preview()
                     if saving := self._due(before, settings.checkpoint_every):
                         self._save(scheduled=True)  # last: once it is there, a rerun does not come back to this step
-                    if self.main and (previewing or saving):
-                        self._draw_pictures()
                 if (number := preemption.agreed()) and self.images_seen < settings.images:
                     self._leave(number, saved=saving)
         self.accelerator.wait_for_everyone()
@@ -383,7 +381,7 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def _preview(self) -> None:
-        """A contact sheet of samples from the averaged weights."""
+        """A contact sheet of samples from the averaged weights, and the pictures of the whole run so far."""
         average = {name: full(value) for name, value in self.averages[EMA[0]].tensors.items()}
         if not self.main:
             return
@@ -398,7 +396,5 @@ class Trainer:
             classes=self.manifest.classes,
             settings=self.config.sample,
         )
-
-    def _draw_pictures(self) -> None:
         draw_curves(self.run)
         draw_strip(self.run, size=self.manifest.image_size, classes=len(self.manifest.classes))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from pipeline.checkpoint import checkpoint_folders
+from stages.cli import main
 from stages.config import Config, load_config
 from stages.train import Trainer, train
-from tests.small_world import World, make_vae, run_stage, succeed, tree
+from tests.small_world import CLASSES, World, make_images, make_vae, run_stage, succeed, tree
 from tests.test_checkpoint import flip_a_byte, lose_the_state
 
 MEASURED = {"images_per_second", "teraflops_per_second", "data_wait", "memory_gb"}
@@ -188,3 +192,170 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update_and_names_t
     assert "at 16 images" in succeed("train", world.config, run)
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
     assert log_of(run) == log_of(world.run)
+
+
+# Runs that begin with the weights of another.
+
+
+def weights_of(run: Path, images: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"{images:09d}" / "ema" / "diffusion_pytorch_model.safetensors")
+
+
+def test_fine_tuning_begins_with_the_average_of_another_run(world: World, tmp_path: Path) -> None:
+    """At a learning rate of nearly 0 the weights stay where they began."""
+    printed = succeed(
+        "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5"
+    )
+    assert f"beginning with the averaged weights of {world.run / 'checkpoints' / '000000048'}" in printed
+    assert "table" not in printed
+    expected = weights_of(world.run, 48)
+    assert all(torch.allclose(value, expected[name], atol=1e-9) for name, value in weights_of(tmp_path, 4).items())
+
+
+def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weights(world: World, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", (*CLASSES, "owl"))
+    overrides = (f"data.source={tmp_path / 'images'}", f"cache.path={tmp_path / 'cache'}")
+    succeed("encode", world.config, tmp_path, *overrides)
+    more = (f"train.init={world.run}", "train.images=4", "train.lr=1e-12")
+    printed = succeed("train", world.config, tmp_path / "run", *overrides, *more)
+    assert "3 classes instead of its 2: their table is new" in printed
+    ours, theirs = weights_of(tmp_path / "run", 4), weights_of(world.run, 48)
+    table = "classes.weight"
+    assert ours[table].shape[0] == 4
+    assert torch.allclose(ours[table][-1], theirs[table][-1], atol=1e-9)  # the null class
+    assert not torch.allclose(ours[table][0], theirs[table][0], atol=1e-3)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-9) for name in ours if name != table)
+    succeed("sample", world.config, tmp_path / "run", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("model.blocks=2", "model.blocks is 1, this run has 2"),
+        ("noise.prediction=v", "noise.schedule is flow, this run has cosine"),
+        ("train.init=nowhere", "no whole checkpoint in nowhere"),
+    ],
+)
+def test_fine_tuning_from_another_kind_of_model_is_refused(
+    world: World, tmp_path: Path, override: str, field: str
+) -> None:
+    more = ("noise.schedule=cosine", "sample.scheduler=ddpm") if "noise" in override else ()
+    result = run_stage("train", world.config, tmp_path, f"train.init={world.run}", override, *more)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: train.init: ")
+    assert field in result.stderr
+
+
+# Averages of other widths.
+
+
+def test_an_average_of_another_width_can_be_sampled_and_fine_tuned_but_not_continued(
+    world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    succeed("train", world.config, run, "train.ema=power", "train.checkpoint_every=8", "train.keep=1")
+    assert len(list((run / "averages").iterdir())) == 6
+    result = CliRunner().invoke(main, ["ema", str(run), "--width", "0.05"])
+    assert result.exit_code == 0, result.output
+    made = tmp_path / "run-ema0.05"
+    for name, value in weights_of(run, 48).items():  # the first of the two that are tracked
+        assert torch.allclose(weights_of(made, 48)[name], value, atol=1e-5)
+    succeed("sample", world.config, made)
+    succeed("decode", world.config, made)
+    succeed("train", world.config, tmp_path / "tuned", f"train.init={made}", "train.images=4")
+    result = run_stage("train", world.config, made, "train.ema=power", "train.images=96")
+    assert result.exit_code == 2
+    assert "holds an average alone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--width", "0.05"], "train.ema=power"), (["--width", "0.5"], "width = 0.5: ")],
+)
+def test_an_average_that_cannot_be_made_is_refused(world: World, arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(main, ["ema", str(world.run), *arguments])
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+# Other ways to train.
+
+
+@pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """Accelerate keeps the precision it began with until its process ends."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.optimizer=muon",),
+        ("train.precision=bf16",),
+        ("train.gradient_checkpointing=true", "train.accumulate=4"),
+        ("train.weighting=min_snr", "train.schedule=cosine"),
+        (
+            "noise.schedule=scaled_linear",
+            "noise.prediction=x0",
+            "noise.zero_terminal_snr=true",
+            "sample.scheduler=ddim",
+        ),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+@pytest.mark.usefixtures("accelerate_anew")
+def test_every_way_to_train_goes_on_where_it_was_interrupted(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    succeed("train", world.config, tmp_path / "straight", *overrides)
+    interrupt(monkeypatch, load_config(world.config, overrides), tmp_path / "broken", at_step=6)
+    succeed("train", world.config, tmp_path / "broken", *overrides)
+    assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "straight")
+
+
+def test_gradient_checkpointing_and_parts_of_a_batch_change_no_more_than_rounding(world: World, tmp_path: Path) -> None:
+    plain = ("model.dropout=0", "train.images=16", "train.lr=1e-4")
+    succeed("train", world.config, tmp_path / "plain", *plain)
+    succeed(
+        "train", world.config, tmp_path / "parts", *plain, "train.gradient_checkpointing=true", "train.accumulate=4"
+    )
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("plain", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_batch_size_by_memory_is_written_down_and_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.start._MIN_STEPS", 10)
+    printed = succeed("train", world.config, tmp_path, "train.batch_size=auto", "train.images=20")
+    assert "train.batch_size = 2 (auto" in printed
+    assert load_config(tmp_path / "config.yaml").train.batch_size == 2
+    succeed("train", world.config, tmp_path, "train.batch_size=auto", "train.images=80")  # as it began
+    assert load_config(tmp_path / "config.yaml").train.batch_size == 2
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**6, "not one image fits"), (10**8, "batch_size = 32 ")])
+def test_a_batch_size_by_memory_fits_into_half_of_what_is_free(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: str
+) -> None:
+    monkeypatch.setattr("stages.start._MIN_STEPS", 1)
+    monkeypatch.setattr("stages.start._free_memory", lambda accelerator: free)
+    result = run_stage("train", world.config, tmp_path, "train.batch_size=auto", "train.images=40")
+    assert expected in result.output
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(world: World, tmp_path: Path) -> None:
+    result = run_stage("train", world.config, tmp_path, "train.batch_size=6", "train.accumulate=4")
+    assert result.exit_code == 2
+    assert "accumulate = 4 does not divide batch_size = 6" in result.stderr
+
+
+@pytest.mark.usefixtures("accelerate_anew")
+def test_fp16_on_a_cpu_is_refused(world: World, tmp_path: Path) -> None:
+    """Accelerate would compute in float32 and say nothing."""
+    result = run_stage("train", world.config, tmp_path, "train.precision=fp16")
+    assert result.exit_code == 2
+    assert "train.precision = fp16" in result.stderr
