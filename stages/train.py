@@ -84,6 +84,9 @@ class Trainer:
     def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.sharded = accelerator.distributed_type == "FSDP"
+        if self.sharded and config.train.optimizer == "muon":
+            raise ValueError("train.optimizer = muon: it needs whole matrices, which FSDP deals out: use adamw")
         assert config.train.batch_size != "auto"
         self.batch_size: int = config.train.batch_size
         cache = LatentCache(config.cache.path)
@@ -173,7 +176,8 @@ class Trainer:
         """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
         settings = self.config.train
         self.objective = Objective(model, self.noise, settings.weighting)
-        self.objective.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot deal out the latter
+        self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizers = make_optimizers(
             self.objective,
             kind=settings.optimizer,
@@ -193,8 +197,7 @@ class Trainer:
     def _can_defer(self) -> bool:
         """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, Muon and
         tensors dealt out by FSDP know nothing of it, and fp16's scaler has a way of its own."""
-        sharded = self.accelerator.distributed_type == "FSDP"
-        return self.device.type == "cuda" and len(self.optimizers) == 1 and not sharded
+        return self.device.type == "cuda" and len(self.optimizers) == 1 and not self.sharded
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, accelerator = checkpoint.state, self.accelerator

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
+import pipeline.checkpoint
 from pipeline.checkpoint import (
     checkpoint_folders,
     checkpoint_path,
     load_training_state,
     newest_checkpoint,
+    open_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -24,6 +36,7 @@ from pipeline.objective import Objective
 from pipeline.optimize import make_optimizers
 from pipeline.unet import LatentUNet
 from tests.small_world import tree
+from tests.test_crash import use_disk
 from tests.test_objective import FLOW, draws, normals
 from tests.test_unet import build, scrambled
 
@@ -36,8 +49,12 @@ class Parts(NamedTuple):
     optimizers: list[Optimizer]
 
 
-def parts(model: LatentUNet, kind: str = "muon") -> Parts:
-    objective = Objective(model.to(memory_format=torch.channels_last), FLOW, "learned")
+def parts(model: LatentUNet, kind: str = "muon", deal: Callable[[Objective], object] | None = None) -> Parts:
+    objective = Objective(model, FLOW, "learned")
+    if deal:
+        deal(objective)
+    else:
+        objective.to(memory_format=torch.channels_last)
     averages = {name: Average(model, lambda seen, batch, w=w: w) for name, w in (("ema", 0.5), ("ema_2", 0.1))}
     return Parts(
         objective,
@@ -46,9 +63,9 @@ def parts(model: LatentUNet, kind: str = "muon") -> Parts:
     )
 
 
-def trained(steps: int = 2) -> Parts:
+def trained(steps: int = 2, kind: str = "muon", deal: Callable[[Objective], object] | None = None) -> Parts:
     """A tiny model after some steps, its averages and its optimizers."""
-    made = parts(scrambled())
+    made = parts(scrambled(), "adamw", deal) if deal else parts(scrambled(), kind)
     for step in range(steps):
         drawn = draws(step=step)
         loss, _ = made.objective(normals(8, 4, 4, 4, seed=step), drawn.noise, drawn.times, torch.arange(8) % 3)
@@ -197,3 +214,112 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pyt
     checkpoint, passed_over = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert (checkpoint.images_seen, passed_over) == (6, [])
+
+
+# A disk that is full, a process that is killed, and weights that are dealt out among processes.
+
+
+class Faulty:
+    """A disk on which operation number n, counted from 1, goes wrong; writing tensors is an operation, too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, fault: Callable[[], None]) -> None:
+        self.n, self.count, self.fault = n, 0, fault
+        use_disk(monkeypatch, self)
+        real = pipeline.checkpoint.save_file
+
+        def save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+            real({}, file)  # half of it is there
+            self("write", None, lambda: None)
+            real(tensors, file)
+
+        monkeypatch.setattr(pipeline.checkpoint, "save_file", save_file)
+
+    def __call__(self, name: str, first: object, half: Callable[[], object]) -> None:
+        self.count += 1
+        if self.count == self.n:
+            half()
+            self.fault()
+
+
+def save_over(run: Path, made: Parts) -> None:
+    save_checkpoint(run, **made._asdict(), state={"images_seen": 12})
+    prune_checkpoints(run, keep=1, keep_every=0, interval=6, batch_size=3)
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def assert_whole(run: Path, known: dict[int, dict[str, bytes]]) -> None:
+    checkpoint, passed_over = newest_checkpoint(run)
+    assert checkpoint is not None
+    assert not [line for line in passed_over if "000000012" not in line]
+    assert tree(checkpoint.path) == known[checkpoint.images_seen]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["full", "killed"])
+def test_one_that_is_kept_is_whole_wherever_saving_the_next_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = trained()
+    save(tmp_path / "before", 6)
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    save_over(tmp_path / "after", made)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "after")] == ["000000012"]
+    known = {
+        images: tree(tmp_path / name / "checkpoints" / f"{images:09d}")
+        for images, name in ((6, "before"), (12, "after"))
+    }
+    for n in range(1, 1000):
+        run = tmp_path / f"{kind} {n}"
+        shutil.copytree(tmp_path / "before", run)
+        if kind == "full":
+            with monkeypatch.context() as patch, contextlib.suppress(OSError):
+                disk = Faulty(patch, n, no_space)
+                save_over(run, made)
+            over = disk.count < n
+        else:
+            child = os.fork()
+            if child == 0:
+                with monkeypatch.context() as patch:
+                    Faulty(patch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                    save_over(run, made)
+                    os._exit(0)
+            over = os.waitpid(child, 0)[1] == 0
+        assert_whole(run, known)
+        if over:
+            break
+        save_over(run, made)  # the same run goes on
+        assert tree(run / "checkpoints") == tree(tmp_path / "after" / "checkpoints")
+    assert n > 30
+
+
+def dealt_out(rank: int, folder: Path) -> None:
+    """In one of two processes: train sharded weights, save them, and load them into others."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    made, again = (trained(deal=lambda objective: fully_shard(objective, mesh=mesh), steps=n) for n in (2, 0))
+    save_checkpoint(folder, **made._asdict(), state={"images_seen": 6}, writing=rank == 0)
+    dist.barrier()
+    load_training_state(open_checkpoint(folder / "checkpoints" / "000000006"), *again)
+    save_checkpoint(folder / "again", **again._asdict(), state={"images_seen": 6}, writing=rank == 0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sharded_weights_are_saved_whole_and_loaded_in_shares(tmp_path: Path) -> None:
+    """FSDP2 on two gloo processes; both see the same batches, so what they learn is what one process learns."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=dealt_out, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert tree(tmp_path / "again" / "checkpoints") == tree(tmp_path / "checkpoints")
+    save_checkpoint(tmp_path / "one", **trained(kind="adamw")._asdict(), state={"images_seen": 6})
+    for file in ("model.safetensors", "optimizer.safetensors", "ema/diffusion_pytorch_model.safetensors"):
+        one, two = (load_file(run / "checkpoints" / "000000006" / file) for run in (tmp_path / "one", tmp_path))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(two[name], value, rtol=1e-3, atol=1e-5) for name, value in one.items()), file

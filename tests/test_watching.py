@@ -122,13 +122,14 @@ def test_a_server_that_does_not_answer_does_not_disturb_a_run_which_keeps_its_id
     }
     code = "import stages.tracker, stages.cli; stages.tracker.WAIT = 3; stages.cli.main()"
     command = [sys.executable, "-c", code, "train", "--config", str(world.config), "--run", str(tmp_path / "run")]
-    for images in (16, 48):  # the second time a run that goes on
+    for images, mode in ((16, "online"), (48, "offline")):  # the second time a run that goes on
         done = subprocess.run(
             [*command, "--set", "train.tracker=wandb", "--set", f"train.images={images}", "--set", "train.decay=0"],
-            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
+            cwd=ROOT, env={**environment, "WANDB_MODE": mode},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "going on offline" in done.stdout
+        assert ("going on offline" in done.stdout) == (mode == "online")
     succeed("train", world.config, tmp_path / "plain", "train.decay=0")
     assert tree(tmp_path / "run" / "checkpoints") == tree(tmp_path / "plain" / "checkpoints")
     run_id = json.loads((tmp_path / "run" / "wandb.json").read_text(encoding="utf-8"))["id"]
