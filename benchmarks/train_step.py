@@ -89,7 +89,7 @@ def _against_bare_and_diffusers(config: Config, rounds: int, steps: int) -> None
     rates: dict[str, list[float]] = {name: [] for name in ways}
     peaks = []
     for number in range(rounds):
-        for name in ("bare step", "real loop", "bare step", RECIPE):  # the machine's speed drifts
+        for name in ("bare step", "real loop", RECIPE, "real loop", "bare step"):  # the machine's speed drifts
             rates[name].append(ways[name]())
             print(f"round {number + 1}  {name:18} {rates[name][-1]:8.1f} images/s", flush=True)
         peaks.append(_convolution_flops())

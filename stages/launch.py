@@ -29,7 +29,7 @@ def connect(precision: str) -> Accelerator:
             )
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == "FSDP" else None
     if plugin and plugin.fsdp_version != 2:
-        raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/fsdp.yaml")
+        raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/accelerate/fsdp.yaml")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("train.precision = fp16: a CPU computes it in float32 all the same: use no or bf16")
     return accelerator

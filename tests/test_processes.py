@@ -189,13 +189,14 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(world: Worl
 
 
 def test_a_second_launch_on_a_run_is_refused_and_told_of_the_first(world: World, tmp_path: Path) -> None:
-    first = start(world, tmp_path, 1)
-    with after_lines(first, tmp_path, 1):
-        printed = finish(start(world, tmp_path, 1), code=2)
-        for member in family(first):
-            member.kill()
-        first.communicate(timeout=60)
-    assert f"training, process {first.pid} on " in printed
+    process = start(world, tmp_path, 1)
+    with after_lines(process, tmp_path, 1):
+        process.send_signal(signal.SIGSTOP)
+        result = run_stage("train", world.config, tmp_path)
+        process.kill()
+        process.communicate(timeout=60)
+    assert result.exit_code == 2
+    assert f"training, process {process.pid} on " in result.stderr
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
