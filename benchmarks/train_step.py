@@ -56,8 +56,8 @@ RECIPE = "diffusers' recipe"
 @click.command()
 @click.option("--config", "file", type=click.Path(path_type=Path), default=Path("configs/cifar10.yaml"))
 @click.option("--images", "source", help="The images of the cache: also train with the VAE in the loop.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--steps", default=60, show_default=True, help="Of each way in a round.")
+@click.option("--rounds", default=6, show_default=True)
+@click.option("--steps", default=40, show_default=True, help="Of each way in a round.")
 @click.option("--compile", "compiled", is_flag=True, help="With train.compile=true.")
 @click.option("--child", type=click.Choice(["cache", "vae"]), hidden=True)
 def main(file: Path, source: str | None, rounds: int, steps: int, compiled: bool, child: str | None) -> None:
@@ -88,8 +88,9 @@ def _against_bare_and_diffusers(config: Config, rounds: int, steps: int) -> None
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     peaks = []
+    orders = itertools.cycle(itertools.permutations(ways))  # the machine's speed drifts: each comes after each other
     for number in range(rounds):
-        for name in ("bare step", "real loop", RECIPE, "real loop", "bare step"):  # the machine's speed drifts
+        for name in next(orders):
             rates[name].append(ways[name]())
             print(f"round {number + 1}  {name:18} {rates[name][-1]:8.1f} images/s", flush=True)
         peaks.append(_convolution_flops())
@@ -105,7 +106,7 @@ def _against_bare_and_diffusers(config: Config, rounds: int, steps: int) -> None
 
 def _against_the_vae_in_the_loop(file: Path, source: str, rounds: int, steps: int) -> None:
     results: dict[str, list[dict[str, float]]] = {"cache": [], "vae": []}
-    for number in range(rounds):
+    for number in range(max(rounds // 2, 1)):
         for child, each in results.items():
             command = [sys.executable, "-m", "benchmarks.train_step", "--config", str(file), "--images", source]
             done = subprocess.run(
