@@ -145,7 +145,7 @@ def draw_curves(run: Path) -> None:
         label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
         color = colormaps["viridis"](level / LEVELS)
         by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
-    by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, ncols=2, loc="upper right")
+    by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0][0].plot(seen, [line["loss"] for line in lines], lw=1)
     axes[1][0].plot(seen, [line["gradient_norm"] for line in lines], lw=1)
     axes[1][1].plot(seen, [line["images_per_second"] for line in lines], lw=1)
@@ -160,6 +160,8 @@ def draw_curves(run: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in (axes[0][0], by_noise, axes[1][0]):
         axis.set_yscale("log")
+        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter("{x:.3g}")
     axes[1][1].set_ylim(bottom=0)
     figure.suptitle(run.resolve().name)
     buffer = io.BytesIO()
