@@ -114,7 +114,7 @@ def save_checkpoint(
     files = {
         _MODEL: objective.state_dict(),
         _OPTIMIZER: _flatten(objective, optimizers),
-        **{f"{name}/{WEIGHTS}": average.tensors for name, average in averages.items()},
+        **_weights(averages),
     }
     _publish(checkpoint_path(run, state["images_seen"]), objective.model, files, state, writing)
     if writing:
@@ -127,8 +127,7 @@ def save_averages(
     run: Path, *, model: LatentUNet, averages: Mapping[str, Average], state: dict[str, Any], writing: bool = True
 ) -> None:
     """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
-    files = {f"{name}/{WEIGHTS}": average.tensors for name, average in averages.items()}
-    _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, files, state, writing)
+    _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, _weights(averages), state, writing)
 
 
 def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -202,6 +201,10 @@ def _publish(
                 model.save_config(file.parent)
         hashes = {str(f.relative_to(staged)): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
         publish_json(staged / _STATE, {**state, "sha256": hashes})
+
+
+def _weights(averages: Mapping[str, Average]) -> dict[str, dict[str, Tensor]]:
+    return {f"{name}/{WEIGHTS}": average.tensors for name, average in averages.items()}
 
 
 def _flatten(objective: Objective, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:

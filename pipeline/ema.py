@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.pairs import check_width
+
 
 def halflife_weight(images_seen: int, batch_size: int, halflife: float) -> float:
     """What the newest weights count in an average with a half-life in images, after a step that ended at `images_seen`.
@@ -29,8 +31,7 @@ def power_weight(images_seen: int, batch_size: int, gamma: float) -> float:
 def gamma_of(width: float) -> float:
     """The exponent of a power-function average whose standard deviation is `width`, a share of the run (equation 123):
     the real root of width^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 above 0. ValueError where there is none."""
-    if not 0 < width < 0.28:
-        raise ValueError(f"width = {width:g}: a power-function average has a width above 0 and below 0.28")
+    check_width(width)
     inverse = width**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

@@ -22,6 +22,12 @@ def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool) -> None
         )
 
 
+def check_width(width: float) -> None:
+    """ValueError when no power-function average has this standard deviation, a share of the run."""
+    if not 0 < width < 0.28:
+        raise ValueError(f"width = {width:g}: a power-function average has a width above 0 and below 0.28")
+
+
 def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
     """ValueError, naming the field, when `scheduler` cannot draw from a model trained on `schedule` in `steps`."""
     flow = schedule == "flow"

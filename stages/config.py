@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.pairs import check_noise, check_sampler
+from pipeline.pairs import check_noise, check_sampler, check_width
 
 
 class Section(BaseModel):
@@ -126,8 +126,7 @@ class Train(Section):
         if self.schedule == "inverse_sqrt" and not self.warmup:
             raise ValueError("schedule inverse_sqrt falls from the end of the warm-up: give warmup, such as 10000")
         for width in self.ema_widths:
-            if not 0 < width < 0.28:
-                raise ValueError(f"ema_widths: {width:g} is not above 0 and below 0.28")
+            check_width(width)
         return self
 
 

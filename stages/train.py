@@ -375,7 +375,8 @@ class Trainer:
     def _leave(self, number: int, *, saved: bool) -> NoReturn:
         """Save, unless that was just done or there is no time to, and exit with the signal's own status."""
         name = signal.Signals(number).name
-        if self.verification and not wait([self.verification], _GRACE).done:
+        late = self.verification is not None and not wait([self.verification], _GRACE).done
+        if self.accelerator.reduce(torch.tensor(float(late), device=self.device), "sum"):  # so that all do the same
             self.accelerator.print(f"train: {name}: the cache is not verified yet, so nothing new is saved")
         else:
             if not saved:

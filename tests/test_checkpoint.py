@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +34,7 @@ from pipeline.objective import Objective
 from pipeline.optimize import make_optimizers
 from pipeline.unet import LatentUNet
 from tests.small_world import tree
-from tests.test_crash import use_disk
+from tests.test_crash import Death, Fault, FullDisk, on_disk, use_disk, was_killed
 from tests.test_objective import FLOW, draws, normals
 from tests.test_unet import build, scrambled
 
@@ -219,35 +217,20 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pyt
 # A disk that is full, a process that is killed, and weights that are dealt out among processes.
 
 
-class Faulty:
-    """A disk on which operation number n, counted from 1, goes wrong; writing tensors is an operation, too."""
+def hear_of_tensors(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """Writing a file of tensors is an operation of the disk, too; safetensors does not do it by way of Python."""
+    real = pipeline.checkpoint.save_file
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, fault: Callable[[], None]) -> None:
-        self.n, self.count, self.fault = n, 0, fault
-        use_disk(monkeypatch, self)
-        real = pipeline.checkpoint.save_file
+    def save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        fault("write", None, lambda: real({}, file))
+        real(tensors, file)
 
-        def save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
-            real({}, file)  # half of it is there
-            self("write", None, lambda: None)
-            real(tensors, file)
-
-        monkeypatch.setattr(pipeline.checkpoint, "save_file", save_file)
-
-    def __call__(self, name: str, first: object, half: Callable[[], object]) -> None:
-        self.count += 1
-        if self.count == self.n:
-            half()
-            self.fault()
+    monkeypatch.setattr(pipeline.checkpoint, "save_file", save_file)
 
 
 def save_over(run: Path, made: Parts) -> None:
     save_checkpoint(run, **made._asdict(), state={"images_seen": 12})
     prune_checkpoints(run, keep=1, keep_every=0, interval=6, batch_size=3)
-
-
-def no_space() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def assert_whole(run: Path, known: dict[int, dict[str, bytes]]) -> None:
@@ -274,19 +257,18 @@ def test_one_that_is_kept_is_whole_wherever_saving_the_next_one_ends(
     for n in range(1, 1000):
         run = tmp_path / f"{kind} {n}"
         shutil.copytree(tmp_path / "before", run)
-        if kind == "full":
-            with monkeypatch.context() as patch, contextlib.suppress(OSError):
-                disk = Faulty(patch, n, no_space)
-                save_over(run, made)
-            over = disk.count < n
-        else:
-            child = os.fork()
-            if child == 0:
-                with monkeypatch.context() as patch:
-                    Faulty(patch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        with monkeypatch.context() as patch:
+            if kind == "full":
+                disk = FullDisk(n, for_good=True)
+                use_disk(patch, disk)
+                hear_of_tensors(patch, disk)
+                with contextlib.suppress(OSError):
                     save_over(run, made)
-                    os._exit(0)
-            over = os.waitpid(child, 0)[1] == 0
+                over = disk.count < n
+            else:
+                death = Death(n)
+                hear_of_tensors(patch, death)
+                over = not was_killed(on_disk(functools.partial(save_over, run, made), death))
         assert_whole(run, known)
         if over:
             break

@@ -11,7 +11,6 @@ import gc
 import os
 import shutil
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from data.cache import FORMATS, LatentCache
 from data.manifest import MANIFEST, Plan
 from data.rows import Rows
 from data.writer import CacheWriter, existing_plan, progress, recorded, recorded_failures
+from tests.test_writer import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child uses no other thread
 Fault = Callable[[str, object, Callable[[], object]], object]  # given an operation, its first argument and its half
@@ -130,20 +130,15 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work: Callable[[], object], fault: Fault) -> int:
+def on_disk(work: Callable[[], object], fault: Fault) -> int:
     """The number of a process that does `work` on a disk with this fault."""
-    child = os.fork()
-    if child == 0:
-        try:
-            gc.disable()
-            use_disk(pytest.MonkeyPatch(), fault)
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return child
+
+    def begin() -> None:
+        gc.disable()
+        use_disk(pytest.MonkeyPatch(), fault)
+        work()
+
+    return forked(begin)
 
 
 def was_killed(child: int) -> bool:
@@ -220,7 +215,7 @@ def crashes(work: Callable[[Path], object], tmp_path: Path, start: Path | None =
             path = tmp_path / f"killed in {n}"
             if start:
                 shutil.copytree(start, path)
-            ahead.append((path, forked(functools.partial(work, path), Death(n))))
+            ahead.append((path, on_disk(functools.partial(work, path), Death(n))))
             if len(ahead) > 2:
                 path, child = ahead.popleft()
                 if not was_killed(child):

@@ -326,6 +326,22 @@ def test_gradient_checkpointing_and_parts_of_a_batch_change_no_more_than_roundin
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_compiled_run_learns_what_another_one_does(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through dynamo without inductor, which would take a minute: capture, backward pass and checkpoints."""
+    compiled = torch.nn.Module.compile
+    overrides = ("train.images=16", "model.dropout=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
+        succeed("train", world.config, tmp_path / "compiled", *overrides, "train.compile=true")
+    succeed("train", world.config, tmp_path / "plain", *overrides)
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    ours, theirs = weights_of(tmp_path / "compiled", 16), weights_of(tmp_path / "plain", 16)
+    assert ours.keys() == theirs.keys()
+
+
 def test_a_batch_size_by_memory_is_written_down_and_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
