@@ -31,14 +31,10 @@ class Tracker:
 
     def log(self, values: dict[str, Any]) -> None:
         """Send one line of log.jsonl; a list becomes one value for each of its places."""
-        flat = {
-            name: value
-            for key, entry in values.items()
-            for name, value in (
-                ((f"{key}/{i}", each) for i, each in enumerate(entry)) if isinstance(entry, list) else ((key, entry),)
-            )
-            if value is not None
-        }
+        flat: dict[str, float] = {}
+        for key, entry in values.items():
+            places = {f"{key}/{i}": each for i, each in enumerate(entry)} if isinstance(entry, list) else {key: entry}
+            flat |= {name: value for name, value in places.items() if value is not None}
         if self._wandb:
             self._wandb.log(flat, step=values["images_seen"])
         if self._board:

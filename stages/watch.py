@@ -90,8 +90,10 @@ class Window:
         """Go on from `state`; processes of another number share the sums of all."""
         sums = torch.tensor(state["sums"], device=self._accelerator.device)
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
-        self._sums = sums[rank].clone() if len(sums) == processes else sums.sum(dim=0) / processes
-        self._sums[:2] *= processes / len(sums) if len(sums) != processes else 1  # these two are means of each process
+        if len(sums) == processes:
+            self._sums = sums[rank].clone()
+        else:  # equal shares of the totals; the first two are means already
+            self._sums = torch.cat([sums[:, :2].mean(dim=0), sums[:, 2:].sum(dim=0) / processes])
         self._steps = state["steps"]
 
     def _speed(self, images_per_second: float) -> dict[str, float]:
@@ -116,7 +118,8 @@ def begin_log(run: Path, images_seen: int) -> None:
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:
     """Add `values` to the log and say them in one line, with the time that is left of a run of `images`."""
     append_line(run / LOG, json.dumps(values))
-    seen, left = values["images_seen"], max(images - values["images_seen"], 0) / values["images_per_second"]
+    seen = values["images_seen"]
+    left = max(images - seen, 0) / max(values["images_per_second"], 0.1)  # as slow as the log can say
     print(
         f"train: {seen:>{len(f'{images:,}')},} of {images:,} images   loss {values['loss']:.4f}"
         f"   gradient {values['gradient_norm']:.3f}   lr {values['lr']:.1e}"
