@@ -2,12 +2,13 @@
 
     python -m benchmarks.train_step --images path/to/cifar10     # after `make encode CONFIG=configs/cifar10.yaml ...`
 
-In turn, on the same cached latents and batch size: (1) `latentmill train`, by the images/s of its own log; (2) forward,
-backward and optimizer step of the same model on tensors that lie in memory, and nothing else; (3) diffusers'
-UNet2DModel, its widths chosen for the same FLOPs and parameters, trained as diffusers' example train_unconditional.py
-does: DataLoader, DDPMScheduler, clipping, AdamW and learning rate by its defaults, EMAModel, the loss read in every
-step; (4) a 3x3 convolution alone, forward and backward, for the GFLOP/s that this machine reaches. With --images also,
-each in a process of its own, (5) the loop of (1) on batches that the VAE encodes in the loop, and the memory of both.
+Each in a process of its own, a few steps at a time in turn, on the same cached latents and batch size:
+(1) `latentmill train`; (2) forward, backward and optimizer step of the same model on tensors that lie in memory, and
+nothing else; (3) diffusers' UNet2DModel, its widths chosen for the same FLOPs and
+parameters, trained as diffusers' example train_unconditional.py does: DataLoader, DDPMScheduler, clipping, AdamW and
+learning rate by its defaults, EMAModel, the loss read in every step, in float32 as its README's command has it, and
+again in the precision of (1); (4) with --images, the loop of (1) on batches that the VAE encodes in the loop; (5) a 3x3
+convolution alone, for the GFLOP/s that this machine reaches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -45,96 +47,149 @@ from data.source import open_source
 from pipeline.optimize import make_optimizers
 from pipeline.vae import FrozenVae, to_pixels
 from stages.config import Config, load_config
+from stages.device import pick_device
+from stages.launch import connect
 from stages.start import build_model, normalization_of
-from stages.train import train
-from stages.watch import LOG
+from stages.train import Trainer, train
+from stages.watch import peak_memory
 
-WINDOWS = 5  # log lines of the real loop in a round
-RECIPE = "diffusers' recipe"
+Step = Callable[[], None]
+RECIPE, ONLINE = "diffusers' recipe", "VAE in the loop"
 
 
 @click.command()
 @click.option("--config", "file", type=click.Path(path_type=Path), default=Path("configs/cifar10.yaml"))
-@click.option("--images", "source", help="The images of the cache: also train with the VAE in the loop.")
-@click.option("--rounds", default=6, show_default=True)
-@click.option("--steps", default=40, show_default=True, help="Of each way in a round.")
-@click.option("--compile", "compiled", is_flag=True, help="With train.compile=true.")
-@click.option("--child", type=click.Choice(["cache", "vae"]), hidden=True)
-def main(file: Path, source: str | None, rounds: int, steps: int, compiled: bool, child: str | None) -> None:
-    config = load_config(file, ["train.compile=true"] * compiled)
-    if child:
-        print(json.dumps(_loop(config, steps, online=source if child == "vae" else None)))
+@click.option("--set", "overrides", multiple=True, help="Override a key of the config: key=value.")
+@click.option("--images", help="The images of the cache: also train with the VAE in the loop.")
+@click.option("--rounds", default=20, show_default=True)
+@click.option("--steps", default=16, show_default=True, help="Of each way in a round.")
+@click.option("--way", hidden=True, help="Be the process of this way.")
+@click.option("--peer", hidden=True, help="Widths and blocks of UNet2DModel, as JSON.")
+def main(
+    file: Path, overrides: tuple[str, ...], images: str | None, rounds: int, steps: int, way: str, peer: str
+) -> None:
+    config = load_config(file, list(overrides))
+    if way:
+        _take_turns(way, config, rounds, steps, images, tuple(json.loads(peer)))
         return
-    _against_bare_and_diffusers(config, rounds, steps)
-    if source:
-        _against_the_vae_in_the_loop(file, source, rounds, steps)
-
-
-def _against_bare_and_diffusers(config: Config, rounds: int, steps: int) -> None:
+    precision = connect(config.train.precision).mixed_precision
     manifest = Manifest.load(config.cache.path)
-    latents, labels = _latents(config)
     model = build_model(config, manifest)
-    peer = _matching_unet(model, _flops(model, config, manifest), config, manifest)
-    bare, recipe = _bare_step(model, config, latents, labels), _recipe(peer, config, latents, labels)
-    gflops = {"bare step": _flops(model, config, manifest), RECIPE: _flops(peer, config, manifest)}
-    for name, network in (("ours", model), ("UNet2DModel", peer)):
+    choice = _matching_unet(model, config, manifest)
+    flops = {}
+    for name, network in (("ours", model), ("UNet2DModel", UNet2DModel(**_unet_options(choice, config, manifest)))):
+        flops[name] = _flops(network, config, manifest)
         size = sum(p.numel() for p in network.parameters()) / 1e6
-        print(f"{name}: {size:.2f} M parameters, {_flops(network, config, manifest) / 1e9:.3f} GFLOP an image and step")
-    batch = _batch_size(config)
-    ways: dict[str, Callable[[], float]] = {
-        "real loop": lambda: float(_loop(config, steps)["images_per_second"]),
-        "bare step": lambda: _rate(bare, steps, batch),
-        RECIPE: lambda: _rate(recipe, steps, batch),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    peaks = []
-    orders = itertools.cycle(itertools.permutations(ways))  # the machine's speed drifts: each comes after each other
+        print(f"{name}: {size:.2f} M parameters, {flops[name] / 1e9:.3f} GFLOP an image and step")
+    half = precision != "no"
+    ways = ["real loop", "bare step", RECIPE, *[f"{RECIPE}, {precision}"] * half, *[ONLINE] * bool(images)]
+    ways += ["convolution, no", *[f"convolution, {precision}"] * half]
+    command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peer", json.dumps(choice)]
+    with contextlib.ExitStack() as stack:
+        results = _run({name: stack.enter_context(_process([*command, "--way", name])) for name in ways}, rounds)
+    _summarise(results, flops, precision)
+
+
+def _process(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _run(processes: dict[str, subprocess.Popen[str]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """What each process reports of each of its turns; one runs while the others wait."""
+    for process in processes.values():
+        _reply(process)  # it is warm
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     for number in range(rounds):
-        for name in next(orders):
-            rates[name].append(ways[name]())
-            print(f"round {number + 1}  {name:18} {rates[name][-1]:8.1f} images/s", flush=True)
-        peaks.append(_convolution_flops())
-        print(f"round {number + 1}  {'convolution':18} {peaks[-1] / 1e9:8.1f} GFLOP/s", flush=True)
-    middle = {name: statistics.median(each) for name, each in rates.items()}
-    peak = statistics.median(peaks)
-    print(f"real loop / bare step:         {middle['real loop'] / middle['bare step']:.3f}")
-    print(f"real loop / diffusers' recipe: {middle['real loop'] / middle[RECIPE]:.3f}")
+        for name in random.Random(number).sample(list(processes), len(processes)):  # the machine's speed drifts
+            pipe = processes[name].stdin
+            assert pipe
+            pipe.write("\n")
+            pipe.flush()
+            results[name].append(_reply(processes[name]))
+        said = "  ".join(f"{name} {each[-1]['rate']:.1f}" for name, each in results.items())
+        print(f"round {number + 1}: {said}", flush=True)
+    return results
+
+
+def _reply(process: subprocess.Popen[str]) -> dict[str, float]:
+    assert process.stdout
+    return json.loads(process.stdout.readline())
+
+
+def _summarise(results: dict[str, list[dict[str, float]]], flops: dict[str, float], precision: str) -> None:
+    """Medians, of images/s as of ratios within a round."""
+    rates = {name: [each["rate"] for each in rounds] for name, rounds in results.items()}
+    ways = [name for name in rates if not name.startswith("convolution")]
     for name in ways:
-        reached = middle[name] * gflops.get(name, gflops["bare step"])
-        print(f"{name:18} {reached / 1e9:6.1f} GFLOP/s, {reached / peak:.2f} of a 3x3 convolution's {peak / 1e9:.1f}")
+        rate, memory = statistics.median(rates[name]), results[name][-1]["memory_gb"]
+        reached = rate * flops["UNet2DModel" if name.startswith(RECIPE) else "ours"] / 1e9
+        peak = statistics.median(rates[f"convolution, {'no' if name == RECIPE else precision}"])
+        print(
+            f"{name:24} {rate:6.1f} images/s {memory:6.2f} GB at most {reached:6.1f} GFLOP/s,"
+            f" {reached / peak:.2f} of a 3x3 convolution's {peak:.1f}"
+        )
+    for name in ways[1:]:
+        ratios = sorted(ours / other for ours, other in zip(rates["real loop"], rates[name], strict=True))
+        quarter = len(ratios) // 4
+        middle = f"half of the rounds: {ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f}"
+        print(f"real loop / {name:24} {statistics.median(ratios):.3f}   ({middle})")
 
 
-def _against_the_vae_in_the_loop(file: Path, source: str, rounds: int, steps: int) -> None:
-    results: dict[str, list[dict[str, float]]] = {"cache": [], "vae": []}
-    for number in range(max(rounds // 2, 1)):
-        for child, each in results.items():
-            command = [sys.executable, "-m", "benchmarks.train_step", "--config", str(file), "--images", source]
-            done = subprocess.run(
-                [*command, "--steps", str(steps), "--child", child], check=True, capture_output=True, text=True
-            )
-            each.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}  from the {child:6} {each[-1]}", flush=True)
-    rate, memory = (
-        {child: statistics.median(result[key] for result in each) for child, each in results.items()}
-        for key in ("images_per_second", "memory_gb")
-    )
-    print(f"from the cache / with the VAE in the loop: {rate['cache'] / rate['vae']:.3f}")
-    print(f"peak memory: {memory['cache']:.2f} GB from the cache, {memory['vae']:.2f} GB with the VAE in the loop")
+def _take_turns(
+    way: str, config: Config, rounds: int, steps: int, images: str | None, peer: tuple[int, int, int]
+) -> None:
+    """The process of one way: it says that it is warm, and after each line that it reads what it reached."""
+    if way in ("real loop", ONLINE):
+        _loop(config, rounds, steps, online=images if way == ONLINE else None)
+        return
+    if way.startswith("convolution"):
+        step, per_step = _convolution(torch.bfloat16 if way.endswith("bf16") else torch.float32)
+    else:
+        manifest = Manifest.load(config.cache.path)
+        latents, labels = (column.to(pick_device()) for column in _latents(config))
+        per_step = _batch_size(config)
+        if way == "bare step":
+            step = _bare_step(build_model(config, manifest), config, latents, labels)
+        else:
+            model = UNet2DModel(**_unet_options(peer, config, manifest))
+            step = _recipe(model, config, latents, labels, precision="no" if way == RECIPE else way.split(", ")[1])
+    for _ in range(3):
+        step()
+    _report(0.0)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        _report(steps * per_step / (time.perf_counter() - started))
 
 
-def _loop(config: Config, steps: int, online: str | None = None) -> dict[str, float]:
-    """The median images/s of the log lines of a run, and its peak memory; `online` encodes these images in the loop."""
+def _report(rate: float) -> None:
+    values = {"rate": rate, "memory_gb": peak_memory(pick_device()) / 1e9}
+    print(json.dumps(values), file=sys.__stdout__, flush=True)
+
+
+def _loop(config: Config, rounds: int, steps: int, online: str | None) -> None:
+    """`latentmill train`, which waits for its turn every `steps` steps; `online` encodes these images in the loop."""
     batch = _batch_size(config)
-    changes = {"images": steps * batch, "log_every": steps * batch // WINDOWS, "preview_every": 10**9}
+    changes = {"images": (rounds + 1) * steps * batch, "preview_every": 10**9}
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        with _encoding(config, online) if online else contextlib.nullcontext():
-            train(config, Path(folder))
-        lines = [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
-    return {
-        "images_per_second": statistics.median(line["images_per_second"] for line in lines),
-        "memory_gb": lines[-1]["memory_gb"],
-    }
+    update, started = Trainer._update, [time.perf_counter()]
+
+    def update_in_turn(self: Trainer) -> None:
+        if self.step and self.step % steps == 0:
+            _report(steps * batch / (time.perf_counter() - started[0]))
+            sys.stdin.readline()
+            started[0] = time.perf_counter()
+        update(self)
+        if self.images_seen == self.config.train.images:
+            _report(steps * batch / (time.perf_counter() - started[0]))
+
+    Trainer._update = update_in_turn  # type: ignore[method-assign]
+    encoding = _encoding(config, online) if online else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), encoding:
+        train(config, Path(folder))
 
 
 @contextlib.contextmanager
@@ -143,7 +198,7 @@ def _encoding(config: Config, images: str) -> Iterator[None]:
     one view of each as a trainer without a cache would."""
     data = config.data
     source = open_source(images, image_size=data.image_size, count=data.count, seed=data.seed, matte=data.matte)
-    vae = FrozenVae(config.vae.source)
+    vae = FrozenVae(config.vae.source, pick_device())
 
     def read(self: LatentLoader, step: int) -> LatentBatch:
         indices = self.indices(step)
@@ -169,28 +224,31 @@ def _latents(config: Config) -> tuple[Tensor, Tensor]:
     return normalization_of(config, cache.manifest).normalize(means), torch.from_numpy(cache.labels)
 
 
-def _bare_step(model: nn.Module, config: Config, latents: Tensor, labels: Tensor) -> Callable[[], None]:
+def _bare_step(model: nn.Module, config: Config, latents: Tensor, labels: Tensor) -> Step:
     settings, size = config.train, _batch_size(config)
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    accelerator = connect(settings.precision)
+    model.to(accelerator.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if settings.compile:
         model.compile()
-    optimizer = make_optimizers(model, kind="adamw", lr=1e-4, betas=settings.betas, weight_decay=settings.weight_decay)[
-        0
-    ]
-    x = latents[:size].contiguous(memory_format=torch.channels_last)
-    target, times = torch.randn_like(x), torch.rand(size) * 1000
+    [optimizer] = make_optimizers(
+        model, kind="adamw", lr=1e-4, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    x, classes = latents[:size].contiguous(memory_format=torch.channels_last), labels[:size]
+    target, times = torch.randn_like(x), torch.rand(size, device=x.device) * 1000
 
     def step() -> None:
-        F.mse_loss(model(x, times, labels[:size]).sample, target).backward()
+        with accelerator.autocast():
+            prediction = model(x, times, classes).sample
+        F.mse_loss(prediction.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def _recipe(model: nn.Module, config: Config, latents: Tensor, labels: Tensor) -> Callable[[], None]:
+def _recipe(model: nn.Module, config: Config, latents: Tensor, labels: Tensor, *, precision: str) -> Step:
     """One step of diffusers' example: each call reads the next batch, trains on it and reads the loss."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     loader = DataLoader(TensorDataset(latents, labels), batch_size=_batch_size(config), shuffle=True)
     rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
@@ -219,34 +277,37 @@ def _recipe(model: nn.Module, config: Config, latents: Tensor, labels: Tensor) -
     return step
 
 
-def _matching_unet(model: nn.Module, flops: float, config: Config, manifest: Manifest) -> nn.Module:
-    """The UNet2DModel of as many levels, with attention in the lowest, whose FLOPs and parameters come closest."""
-    levels, size = len(config.model.channels), sum(p.numel() for p in model.parameters())
-
-    def options(first: int, last: int, blocks: int) -> dict[str, Any]:
-        return {
-            "sample_size": manifest.shape[1],
-            "in_channels": manifest.latent_channels,
-            "out_channels": manifest.latent_channels,
-            "num_class_embeds": len(manifest.classes) + 1,
-            "layers_per_block": blocks,
-            "norm_num_groups": 16,
-            "block_out_channels": tuple(
-                round(first * (last / first) ** (i / (levels - 1)) / 16) * 16 for i in range(levels)
-            ),
-            "down_block_types": ("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-            "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-        }
+def _matching_unet(model: nn.Module, config: Config, manifest: Manifest) -> tuple[int, int, int]:
+    """First and last width and blocks a level of the UNet2DModel that comes closest in FLOPs and parameters."""
+    flops, size = _flops(model, config, manifest), sum(p.numel() for p in model.parameters())
 
     def distance(choice: tuple[int, int, int]) -> float:
         with torch.device("meta"):
-            peer = UNet2DModel(**options(*choice))
-        ours, theirs = sum(p.numel() for p in peer.parameters()), _flops(peer, config, manifest)
-        return 4 * abs(math.log(theirs / flops)) + abs(math.log(ours / size))
+            peer = UNet2DModel(**_unet_options(choice, config, manifest))
+        theirs, their_flops = sum(p.numel() for p in peer.parameters()), _flops(peer, config, manifest)
+        return 4 * abs(math.log(their_flops / flops)) + abs(math.log(theirs / size))
 
-    widths = range(64, 321, 32)
-    best = min(((a, b, n) for a in widths for b in widths if b >= a for n in (1, 2)), key=distance)
-    return UNet2DModel(**options(*best))
+    widths = range(64, 321, 16)
+    return min(((a, b, n) for a in widths[::2] for b in widths if b >= a for n in (1, 2)), key=distance)
+
+
+def _unet_options(choice: tuple[int, int, int], config: Config, manifest: Manifest) -> dict[str, Any]:
+    """A UNet2DModel of as many levels as ours, with attention in the lowest."""
+    first, last, blocks = choice
+    levels = len(config.model.channels)
+    return {
+        "sample_size": manifest.shape[1],
+        "in_channels": manifest.latent_channels,
+        "out_channels": manifest.latent_channels,
+        "num_class_embeds": len(manifest.classes) + 1,
+        "layers_per_block": blocks,
+        "norm_num_groups": 16,
+        "block_out_channels": tuple(
+            round(first * (last / first) ** (i / (levels - 1)) / 16) * 16 for i in range(levels)
+        ),
+        "down_block_types": ("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+    }
 
 
 def _flops(model: nn.Module, config: Config, manifest: Manifest) -> float:
@@ -259,28 +320,13 @@ def _flops(model: nn.Module, config: Config, manifest: Manifest) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def _convolution_flops(channels: int = 192, size: int = 16, batch: int = 32) -> float:
-    """FLOP/s of a 3x3 convolution, forward and backward, in channels_last."""
-    layer = nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
-
-    def step() -> None:
-        layer(x).backward(gradient)
-
-    return _rate(step, 20, batch) * 3 * 2 * 9 * channels**2 * size**2
-
-
-def _rate(step: Callable[[], None], steps: int, batch: int) -> float:
-    """Images/s: the median of as many parts as the real loop has log lines."""
-    step()
-    rates = []
-    for _ in range(WINDOWS):
-        started = time.perf_counter()
-        for _ in range(steps // WINDOWS):
-            step()
-        rates.append(steps // WINDOWS * batch / (time.perf_counter() - started))
-    return statistics.median(rates)
+def _convolution(kind: torch.dtype, channels: int = 192, size: int = 16, batch: int = 32) -> tuple[Step, float]:
+    """A 3x3 convolution, forward and backward, in channels_last, and its GFLOP."""
+    place: dict[str, Any] = {"device": pick_device(), "dtype": kind, "memory_format": torch.channels_last}
+    layer = nn.Conv2d(channels, channels, 3, padding=1).to(**place)
+    x = torch.randn(batch, channels, size, size).to(**place).requires_grad_()
+    gradient = torch.randn(batch, channels, size, size).to(**place)
+    return lambda: layer(x).backward(gradient), batch * 3 * 2 * 9 * channels**2 * size**2 / 1e9
 
 
 def _batch_size(config: Config) -> int:

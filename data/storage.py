@@ -71,9 +71,11 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a log."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Add one line to a log, and have it on the disk."""
+    with _telling(path, "writing"), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> None:

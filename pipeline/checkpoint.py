@@ -4,12 +4,13 @@ checkpoints/<images_seen>/model.safetensors      the trained weights, and those 
                           ema/                   their average, a model folder for `LatentUNet.from_pretrained`
                           ema_2/                 the second average, where there are two
                           optimizer.safetensors  `<state>.<parameter>`, as exp_avg.model.conv_in.weight
-                          state.json             images seen, step, class names, ..., and every file's SHA-256
+                          state.json             images seen, step, class names, ..., every file's SHA-256 and its own
 averages/<images_seen>/   ema/, ema_2/ and state.json: what `latentmill ema` makes averages of other widths from
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -88,13 +89,14 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     written."""
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        files = state["sha256"].items()
+        seal, files = state.pop("seal"), state["sha256"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no readable {_STATE}") from None
+    if seal != _seal(state):
+        raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not that of its own seal")
     for name, expected in files:
-        file = folder / name
-        if not file.is_file() or (verify and sha256_file(file) != expected):
-            raise ValueError(f"{file}: missing or damaged: its SHA-256 is not that of {_STATE}")
+        if not _is_whole(folder / name, expected if verify else None):
+            raise ValueError(f"{folder / name}: missing or damaged: its SHA-256 is not that of {_STATE}")
     return Checkpoint(folder, state)
 
 
@@ -118,9 +120,7 @@ def save_checkpoint(
     }
     _publish(checkpoint_path(run, state["images_seen"]), objective.model, files, state, writing)
     if writing:
-        for other in checkpoint_folders(run):
-            if int(other.name) > state["images_seen"]:  # damaged, or this run would have gone on from there
-                remove(other)
+        _remove_newer(run, CHECKPOINTS, state["images_seen"])
 
 
 def save_averages(
@@ -128,6 +128,8 @@ def save_averages(
 ) -> None:
     """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
     _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, _weights(averages), state, writing)
+    if writing:
+        _remove_newer(run, AVERAGES, state["images_seen"])
 
 
 def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -162,7 +164,7 @@ def load_training_state(
         parameter = parameters[name]
         if kind == "step":  # the fused step wants it beside the parameter
             value = value.to(parameter.device)
-        else:  # a moment has its parameter's memory format, or the fused step would run on strided copies
+        else:  # in its parameter's memory format: on a CPU the fused step reads both in the order in memory
             value = torch.empty_like(parameter).copy_(_as_dealt(value, parameter))
         owner[parameter].state[parameter][kind] = value
 
@@ -196,11 +198,30 @@ def _publish(
         for name, tensors in files.items():
             file = staged / name
             file.parent.mkdir(exist_ok=True)
-            save_file({key: full(value.detach()).contiguous() for key, value in tensors.items()}, file)
+            save_file({key: full(value.detach()).cpu().contiguous() for key, value in tensors.items()}, file)
             if file.name == WEIGHTS:
                 model.save_config(file.parent)
-        hashes = {str(f.relative_to(staged)): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
-        publish_json(staged / _STATE, {**state, "sha256": hashes})
+        hashes = {f.relative_to(staged).as_posix(): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
+        state = {**state, "sha256": hashes}
+        publish_json(staged / _STATE, {**state, "seal": _seal(state)})
+
+
+def _seal(state: dict[str, Any]) -> str:
+    """A hash of all that state.json holds besides it, as JSON reads it back."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(file: Path, sha256: str | None) -> bool:
+    try:
+        return file.is_file() and (sha256 is None or sha256_file(file) == sha256)
+    except OSError:  # a disk that can no longer read it
+        return False
+
+
+def _remove_newer(run: Path, kind: str, images_seen: int) -> None:
+    for other in checkpoint_folders(run, kind):
+        if int(other.name) > images_seen:  # damaged, or this run would have gone on from there
+            remove(other)
 
 
 def _weights(averages: Mapping[str, Average]) -> dict[str, dict[str, Tensor]]:

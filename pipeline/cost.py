@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,7 @@ class Cost:
 def peak_flops(device_name: str, *, half: bool) -> float | None:
     """FLOP/s that a GPU can reach with its matrix units, in 16 bits or in (tensor) float32; None for an unknown one."""
     for name, (low, full) in _PEAKS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             return (low if half else full) * 1e12
     return None
 

@@ -31,7 +31,7 @@ def power_weight(images_seen: int, batch_size: int, gamma: float) -> float:
 def gamma_of(width: float) -> float:
     """The exponent of a power-function average whose standard deviation is `width`, a share of the run (equation 123):
     the real root of width^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 above 0. ValueError where there is none."""
-    check_width(width)
+    check_width(width, "width")
     inverse = width**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

@@ -70,9 +70,9 @@ class FiniteGuard:
         self.deferred = deferred
         self._first_bad = torch.full((), -1, device=device)
 
-    def check(self, step: int, norm: torch.Tensor, optimizers: list[Optimizer]) -> int | None:
-        """To be called before the update of `step`, with its gradient's norm: as `bad_step`, or None if deferred."""
-        bad = (self._first_bad < 0) & ~norm.isfinite()
+    def check(self, step: int, value: torch.Tensor, optimizers: list[Optimizer]) -> int | None:
+        """Before the update of `step`, with its gradient's norm or its loss: as `bad_step`, or None if deferred."""
+        bad = (self._first_bad < 0) & ~value.isfinite()
         self._first_bad = torch.where(bad, step, self._first_bad)
         if not self.deferred:
             return self.bad_step()

@@ -22,10 +22,20 @@ def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool) -> None
         )
 
 
-def check_width(width: float) -> None:
-    """ValueError when no power-function average has this standard deviation, a share of the run."""
+def check_weighting(weighting: str, zero_terminal_snr: bool) -> None:
+    """ValueError when a loss's weights would leave out the step at which sampling begins."""
+    if weighting == "min_snr" and zero_terminal_snr:
+        raise ValueError(
+            "weighting min_snr does not go with zero_terminal_snr: where all is noise, its weight is 0, and there"
+            " sampling begins: use plain or learned"
+        )
+
+
+def check_width(width: float, name: str) -> None:
+    """ValueError, with the field's `name`, when no power-function average has this standard deviation, a share of the
+    run."""
     if not 0 < width < 0.28:
-        raise ValueError(f"width = {width:g}: a power-function average has a width above 0 and below 0.28")
+        raise ValueError(f"{name} = {width:g}: a power-function average has a width above 0 and below 0.28")
 
 
 def check_sampler(scheduler: str, steps: int, schedule: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.pairs import check_noise, check_sampler, check_width
+from pipeline.pairs import check_noise, check_sampler, check_weighting, check_width
 
 
 class Section(BaseModel):
@@ -55,6 +56,9 @@ class Cache(Section):
     batch_size: PositiveInt = 64
     workers: NonNegativeInt = 2  # processes that read images ahead of the VAE
     max_failures: NonNegativeInt = 100  # images that may be unreadable before encode gives up
+
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Model(Section):
@@ -91,14 +95,14 @@ class Train(Section):
     accumulate: PositiveInt = 1  # parts in which a process takes its share of a batch, to need less memory
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     compile: bool = False
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has instructions for it
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"  # of the learning rate
     warmup: NonNegativeInt = 1_000
     decay: float = Field(0.4, ge=0.0, le=1.0)  # trapezoid: share of the run, at its end, in which the rate falls to 0
     weight_decay: NonNegativeFloat = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
     weighting: Literal["plain", "min_snr", "learned"] = "plain"  # of the loss at each noise level
     normalization: Literal["cache", "vae"] = "cache"  # by the full set's mean and std, or the VAE's scaling factor
@@ -126,7 +130,7 @@ class Train(Section):
         if self.schedule == "inverse_sqrt" and not self.warmup:
             raise ValueError("schedule inverse_sqrt falls from the end of the warm-up: give warmup, such as 10000")
         for width in self.ema_widths:
-            check_width(width)
+            check_width(width, "ema_widths")
         return self
 
 
@@ -157,9 +161,14 @@ class Config(Section):
     sample: Sample = Sample()
 
     @model_validator(mode="after")
-    def _sampler_fits(self) -> Config:
+    def _sections_fit(self) -> Config:
+        check_weighting(self.train.weighting, self.noise.zero_terminal_snr)
         check_sampler(self.sample.scheduler, self.sample.steps, self.noise.schedule)
         return self
+
+
+_BRIEF = reprlib.Repr()  # of a value in an error: a few aliases in YAML can stand for gigabytes
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 
 class _Loader(yaml.SafeLoader):
@@ -242,7 +251,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {field}" + (f": did you mean {'.'.join([*parents, close[0]])}?" if close else "")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] != "value_error":
-        return f"{field} = {error['input']!r}: {message}"
+        return f"{field} = {_BRIEF.repr(error['input'])}: {message}"
     return f"{field}: {message}" if field else message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.storage import publish
@@ -15,6 +16,7 @@ from pipeline.checkpoint import (
     save_reconstruction,
 )
 from pipeline.ema import gamma_of, reconstruction, weighted_sum
+from stages.watch import LOG
 
 
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> Path:
@@ -24,17 +26,37 @@ def ema(run: Path, width: float, images: int | None, to: Path | None) -> Path:
     folders = checkpoint_folders(run, AVERAGES)
     if not folders:
         raise ValueError(f"{run}/{AVERAGES}: no snapshots: they are kept by runs with train.ema=power")
+    target = to or run.with_name(f"{run.resolve().name}-ema{width:g}" + ("" if images is None else f"-{images}"))
     images = int(folders[-1].name) if images is None else images
-    snapshots = [open_checkpoint(folder) for folder in folders if int(folder.name) <= images]
-    if not snapshots or snapshots[-1].images_seen != images:
+    if images not in [int(folder.name) for folder in folders]:
         known = ", ".join(str(int(folder.name)) for folder in folders)
         raise ValueError(f"--images {images}: there is no snapshot at that time: choose from {known}")
-    target = to or run.with_name(f"{run.resolve().name}-ema{width:g}")
+    _check_target(target, images)
+    snapshots = list(_snapshots([folder for folder in folders if int(folder.name) <= images]))
     _reconstruct(target, snapshots, width, gamma)
     if (config := run / "config.yaml").exists():
         publish(target / "config.yaml", config.read_bytes())
     print(f"ema: width {width:g} at {images:,} images from {len(snapshots)} snapshots of two averages: {target}")
     return target
+
+
+def _check_target(target: Path, images: int) -> None:
+    """ValueError where a run was trained, or where an average of a later time would be sampled instead."""
+    if (target / LOG).exists():
+        raise ValueError(f"--to {target}: a run was trained there: choose another folder")
+    if later := [folder.name for folder in checkpoint_folders(target) if int(folder.name) > images]:
+        raise ValueError(f"--to {target}: it holds an average at {int(later[-1]):,} images: choose another folder")
+
+
+def _snapshots(folders: list[Path]) -> Iterator[Checkpoint]:
+    """Those that are whole, the last of which must be; others are said to be passed over."""
+    for folder in folders:
+        try:
+            yield open_checkpoint(folder)
+        except ValueError as error:
+            if folder == folders[-1]:
+                raise
+            print(f"ema: passed over {error}", flush=True)
 
 
 def _reconstruct(target: Path, snapshots: list[Checkpoint], width: float, gamma: float) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
 from typing import Any
 
@@ -11,28 +14,53 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from stages.device import pick_device
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # how many copies the launchers torchrun and accelerate, Open MPI and MPICH, and srun say that they started
 _COPIES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
+_KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")  # of accelerate's ways to use processes
+
 
 def connect(precision: str) -> Accelerator:
-    """Join the processes that were started together. ValueError when they are copies that know nothing of each other,
-    or when this device cannot compute in `precision`."""
+    """Join the processes that were started together; `precision` auto is bf16 where `_computes_bf16`. ValueError when
+    they are copies that know nothing of each other, or when this device cannot compute in `precision`."""
+    if precision == "auto":
+        precision = "bf16" if _computes_bf16(pick_device()) else "fp32"
     parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[parallel])
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[parallel])
     for name in _COPIES:
-        if int(os.environ.get(name, "1")) > accelerator.num_processes:
+        if int(os.environ.get(name) or 1) > accelerator.num_processes:
             raise ValueError(
                 f"{name} = {os.environ[name]}, but {accelerator.num_processes} process(es) are connected: start them"
                 " with torchrun or accelerate launch and, without a GPU, with ACCELERATE_USE_CPU=true"
             )
-    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == "FSDP" else None
-    if plugin and plugin.fsdp_version != 2:
-        raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/accelerate/fsdp.yaml")
+    kind = accelerator.distributed_type.value
+    if kind not in _KINDS:
+        raise ValueError(f"accelerate's config file: distributed_type {kind}: use {', '.join(_KINDS)}")
+    if kind == "FSDP":
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("accelerate's config file: FSDP deals weights out among GPUs, and there is none")
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("train.precision = fp16: a CPU computes it in float32 all the same: use no or bf16")
+        raise ValueError("train.precision = fp16: a CPU computes it in float32 all the same: use fp32 or bf16")
     return accelerator
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/accelerate/fsdp.yaml")
+    # by itself it would also cast latents, timesteps and gradients: autocast decides, as it does without FSDP
+    plugin.set_mixed_precision(torch.float32, override=True)
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for bf16; without them, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class Preemption:
@@ -61,3 +89,19 @@ class Preemption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+
+
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """The outcome of `work`, done in a thread that does not keep the process from ending, as an executor's would."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -77,6 +77,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) 
         ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
         ("data.image_size", state["image_size"], manifest.image_size),
         ("train.batch_size", state["batch_size"], train.batch_size),
+        ("train.seed", state["seed"], train.seed),
         ("train.optimizer", state["optimizer"], train.optimizer),
         ("train.weighting", state["weighting"], train.weighting),
         ("train.ema and ema_widths", state["widths"], ema_widths(config)),
@@ -99,13 +100,18 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> str:
     """
     source = config.train.init
     assert source
-    checkpoint = open_checkpoint(source) if (source / "state.json").is_file() else newest_checkpoint(source)[0]
+    passed_over: list[str] = []
+    if (source / "state.json").is_file():
+        checkpoint: Checkpoint | None = open_checkpoint(source)
+    else:
+        checkpoint, passed_over = newest_checkpoint(source)
     if not checkpoint:
         raise ValueError(f"train.init: no whole checkpoint in {source}")
     state = checkpoint.state
-    pairs = _model_pairs(checkpoint, config)
+    pairs = [pair for pair in _model_pairs(checkpoint, config) if pair[0] != "model.dropout"]
     pairs += [
-        (f"noise.{name}", state["noise"][name], getattr(config.noise, name)) for name in ("schedule", "prediction")
+        (f"noise.{name}", state["noise"][name], getattr(config.noise, name))
+        for name in ("schedule", "prediction", "zero_terminal_snr")
     ]
     pairs.append(("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256))
     if config.model.bottleneck == "transformer":  # which has learnt a position for every token
@@ -118,25 +124,30 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> str:
         table = model.classes.weight.detach().clone()
         table[-1] = weights["classes.weight"][-1]
         weights["classes.weight"] = table
-        line += f"; {len(manifest.classes)} classes instead of its {len(state['classes'])}: their table is new"
+        line += f"; {len(manifest.classes)} classes, not its {len(state['classes'])}: their table is new"
     model.load_state_dict(weights)
-    return line
+    return "".join(f"passed over {each}\n" for each in passed_over) + line
 
 
 def with_batch_size(
     config: Config, manifest: Manifest, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> Config:
-    """`config` with a number for train.batch_size=auto: the checkpoint's, or the largest power of two for which every
-    process has room in half of its free memory, and which leaves the run 1000 steps."""
+    """`config` with a number for train.batch_size=auto: the checkpoint's, or one that is doubled as long as every
+    process has room in half of its free memory, beside the latents, and the run keeps 1000 steps."""
     train = config.train
     if train.batch_size != "auto":
         return config
     if checkpoint:
         return _with_train(config, batch_size=checkpoint.state["batch_size"])
-    free = _free_memory(accelerator) // 2
+    free, latents = _free_memory(accelerator), manifest.committed * manifest.row_bytes
+    if train.access in ("auto", "resident") and latents <= free // 2:  # the loader will hold them there
+        free -= latents
+    free //= 2
     with torch.device("meta"):
         model = build_model(config, manifest)
-    rows = fitting_rows(model, free, averages=2 if train.ema == "power" else 1, half=train.precision != "no")
+    rows = fitting_rows(
+        model, free, averages=2 if train.ema == "power" else 1, half=accelerator.mixed_precision != "no"
+    )
     rows = int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).min())
     if not rows:
         raise ValueError(f"train.batch_size: not one image fits into {free / 1e9:.1f} GB: use a smaller model")

@@ -1,4 +1,4 @@
-"""wandb or TensorBoard, where the config asks for it: never a prompt, and nothing that happens to it ends a run."""
+"""wandb or TensorBoard, where the config asks for it: never a prompt, and no server that a run would wait for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from data.storage import publish_json
 from stages.config import Config
@@ -27,7 +28,7 @@ class Tracker:
         if kind == "tensorboard" and active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen + 1)
 
     def log(self, values: dict[str, Any]) -> None:
         """Send one line of log.jsonl; a list becomes one value for each of its places."""
@@ -66,7 +67,9 @@ def _start_wandb(run: Path, config: Config) -> Any:
         "config": config.model_dump(mode="json"),
         "settings": wandb.Settings(init_timeout=WAIT, finish_timeout=WAIT),
     }
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not _has_key():  # it would ask for one
+        mode = "offline"
     if mode == "online":
         try:
             return wandb.init(**options, mode="online", resume="allow")
@@ -81,6 +84,7 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        return netrc.netrc().authenticators(host or "") is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
@@ -35,7 +36,7 @@ from pipeline.optimize import FiniteGuard, lr_at, make_optimizers, set_lr
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config, dump_config
-from stages.launch import Preemption, connect
+from stages.launch import Preemption, connect, in_background
 from stages.preview import draw_preview, draw_strip
 from stages.start import (
     as_json,
@@ -90,7 +91,7 @@ class Trainer:
         assert config.train.batch_size != "auto"
         self.batch_size: int = config.train.batch_size
         cache = LatentCache(config.cache.path)
-        self.verification = ThreadPoolExecutor(1).submit(cache.verify) if accelerator.is_local_main_process else None
+        self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
         self.manifest = cache.manifest
         if self.main:  # which alone draws previews
             self.vae = FrozenVae(config.vae.source, self.device)
@@ -125,7 +126,7 @@ class Trainer:
             begin_log(self.run, self.images_seen)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
-        with tracker, Preemption(self.accelerator) as preemption:
+        with Preemption(self.accelerator) as preemption, tracker:
             self.window.restart_clock()
             while self.images_seen < settings.images:
                 self._check_cache(wait=False)
@@ -160,6 +161,9 @@ class Trainer:
             device=self.device,
             access=settings.access,
         )
+        streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=self.device))
+        if streamed.any() != streamed.all():  # two orders of images in one run
+            raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")
         classes = len(self.manifest.classes)
         accelerator.print(f"train: {len(cache):,} images in {classes} classes, {loader.describe()}")
         return loader
@@ -169,8 +173,14 @@ class Trainer:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         self.accelerator.print(
             f"train: {count / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image; batches of"
-            f" {self.batch_size} on {processes} process{'es' if processes > 1 else ''} ({name})"
+            f" {self.batch_size} on {processes} process{'es' if processes > 1 else ''} ({name},"
+            f" {self._precision})"
         )
+
+    @property
+    def _precision(self) -> str:
+        kind = self.accelerator.mixed_precision
+        return "fp32" if kind == "no" else kind
 
     def _prepare(self, model: LatentUNet) -> None:
         """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
@@ -186,7 +196,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         if settings.compile:
-            self.objective.compile()
+            model.compile()
         self.prepared, *self.prepared_optimizers = self.accelerator.prepare(self.objective, *self.optimizers)
         gammas = [gamma_of(width) for width in ema_widths(self.config)]
         weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
@@ -195,8 +205,8 @@ class Trainer:
         self.averages = {name: Average(self.model, weight) for name, weight in zip(EMA, weights, strict=False)}
 
     def _can_defer(self) -> bool:
-        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, Muon and
-        tensors dealt out by FSDP know nothing of it, and fp16's scaler has a way of its own."""
+        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and Muon
+        and tensors dealt out by FSDP know nothing of it."""
         return self.device.type == "cuda" and len(self.optimizers) == 1 and not self.sharded
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -207,7 +217,7 @@ class Trainer:
         load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
         self.step = state["step"]
         self.window.load(state["window"])
-        if accelerator.scaler:
+        if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
         here = self._computer()
@@ -223,12 +233,13 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "precision": self._precision,
             "torch": torch.__version__,
         }
 
     def _update(self) -> None:
         """One optimizer step."""
-        settings, accelerator = self.config.train, self.accelerator
+        settings = self.config.train
         lr = lr_at(
             self.images_seen,
             schedule=settings.schedule,
@@ -239,18 +250,9 @@ class Trainer:
         )
         set_lr(self.optimizers, lr)
         parts = self._parts(self.step)
-        self._seed_dropout(self.step)
-        losses, errors = [], []
-        for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared):
-                loss, error = self.prepared(*part)
-                accelerator.backward(loss / len(parts))
-            losses.append(loss.detach())
-            errors.append(error)
-        norm = full(accelerator.clip_grad_norm_(self.prepared.parameters(), settings.grad_clip))
-        if accelerator.scaler:  # a step whose gradient overflows is skipped, and the scale lowered
-            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
-        elif (bad := self.guard.check(self.step, norm, self.optimizers)) is not None:
+        loss, errors = self._backward(parts)
+        norm = self._clip(settings.grad_clip)
+        if (bad := self._bad_step(loss, norm)) is not None:
             self._stop_at(bad)
         for optimizer in self.prepared_optimizers:
             optimizer.step()
@@ -258,8 +260,40 @@ class Trainer:
         self.step += 1
         for average in self.averages.values():
             average.update(images_seen=self.images_seen, batch_size=self.batch_size)
-        times = torch.cat([part[2] for part in parts])
-        self.window.add(torch.stack(losses).mean(), norm, torch.cat(errors), times)
+        norm = norm.nan_to_num(nan=0.0, posinf=0.0)  # of a step that fp16's scaler skipped
+        self.window.add(loss, norm, errors, torch.cat([part[2] for part in parts]))
+
+    def _backward(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a batch in `parts`; its mean loss, and the error of each image."""
+        accelerator = self.accelerator
+        self._seed_dropout(self.step)
+        losses, errors = [], []
+        for number, part in enumerate(parts, 1):
+            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared):
+                with accelerator.autocast():
+                    loss, error = self.prepared(*part)
+                accelerator.backward(loss / len(parts))
+            losses.append(loss.detach())
+            errors.append(error)
+        return torch.stack(losses).mean(), torch.cat(errors)
+
+    def _bad_step(self, loss: Tensor, norm: Tensor) -> int | None:
+        """The step, if it is known, whose gradient is not finite; of fp16, whose loss is not: the scaler skips a step
+        whose gradient overflows, and lowers its scale."""
+        if self.accelerator.scaler:
+            return self.guard.check(self.step, self.accelerator.reduce(loss.clone(), "mean"), [])
+        return self.guard.check(self.step, norm, self.optimizers)
+
+    def _clip(self, limit: float) -> Tensor:
+        """The norm of the gradient, whole if it is dealt out; the gradient is scaled down where it exceeds `limit`."""
+        parameters = list(self.prepared.parameters())
+        if self.sharded:
+            return full(self.accelerator.clip_grad_norm_(parameters, limit))
+        self.accelerator.unscale_gradients()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.device.type != "cpu" or norm > limit:  # another device is not waited for; the CPU is saved a pass
+            clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def _parts(self, step: int) -> list[tuple[Tensor, ...]]:
         """Latents, noise, timesteps and classes of this process at `step`, in `train.accumulate` parts."""
@@ -289,7 +323,7 @@ class Trainer:
         """FloatingPointError that names the images of `step` whose loss is not finite: no weight has changed since, and
         all randomness is a function of the step, so it can be computed again."""
         self._seed_dropout(step)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             errors = torch.cat([self.prepared(*part)[1] for part in self._parts(step)])
         bad = self.loader.indices(step)[~errors.isfinite().cpu().numpy()]
         cache = self.loader.cache
@@ -305,13 +339,13 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """What was left to the device is asked for before anything is logged or saved."""
+        if (bad := self.guard.bad_step()) is not None:
+            self._stop_at(bad)
         scaler = self.accelerator.scaler
         if scaler and scaler.get_scale() < 1:
             raise FloatingPointError(
                 f"train: up to step {self.step}: gradients overflow at every scale: use train.precision=bf16"
             )
-        if not scaler and (bad := self.guard.bad_step()) is not None:
-            self._stop_at(bad)
 
     def _due(self, before: int, every: int) -> bool:
         """Whether the step that began at `before` images passed a multiple of `every`, or ended the run."""
@@ -346,6 +380,7 @@ class Trainer:
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
             "data_fingerprint": self.manifest.data_fingerprint,
+            "seed": settings.seed,
             "optimizer": settings.optimizer,
             "weighting": settings.weighting,
             "widths": ema_widths(self.config),
@@ -386,7 +421,11 @@ class Trainer:
 
     def _preview(self) -> None:
         """A contact sheet of samples from the averaged weights, and the pictures of the whole run so far."""
-        average = {name: full(value) for name, value in self.averages[EMA[0]].tensors.items()}
+        average = {}
+        for name, value in self.averages[EMA[0]].tensors.items():
+            whole = full(value)
+            if self.main:
+                average[name] = whole.cpu()
         if not self.main:
             return
         model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()

@@ -72,7 +72,7 @@ class Window:
             "loss_by_noise": [total / count if count else None for total, count in pairs],
             **self._speed(self._timed * batch_size / seconds),
             "data_wait": round(self._waited / seconds, 4),
-            "memory_gb": round(_peak_memory(self._accelerator.device) / 1e9, 3),
+            "memory_gb": round(peak_memory(self._accelerator.device) / 1e9, 3),
         }
         self._sums.zero_()
         self._steps = 0
@@ -161,7 +161,8 @@ def draw_curves(run: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("images seen", fontsize=8)
         axis.grid(alpha=0.3)
-    for axis in (axes[0][0], by_noise, axes[1][0]):
+    positive = min(line["loss"] for line in lines) > 0  # the learned weighting's loss falls below zero
+    for axis in (axes[0][0], by_noise, axes[1][0])[not positive :]:
         axis.set_yscale("log")
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter("{x:.3g}")
@@ -179,7 +180,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: of the device's memory, or of the process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

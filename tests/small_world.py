@@ -73,6 +73,7 @@ def write_config(root: Path) -> Path:
         "train": {
             "images": 48,
             "batch_size": 4,
+            "precision": "fp32",
             "warmup": 8,
             "ema_halflife": 16,
             "log_every": 8,

@@ -105,7 +105,7 @@ def test_a_checkpoint_brings_back_weights_averages_and_optimizers(tmp_path: Path
 
 
 def test_loaded_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
-    """Else the fused step would take strided copies."""
+    """Else the fused step on a CPU would take the moments of other weights."""
     after = parts(build(seed=1), kind="adamw")
     save_checkpoint(tmp_path, **parts(scrambled(), kind="adamw")._asdict(), state={"images_seen": 3})
     before = parts(scrambled(), kind="adamw")
@@ -173,7 +173,23 @@ def empty_the_state(folder: Path) -> None:
     (folder / "state.json").write_text("[]", encoding="utf-8")
 
 
-DAMAGE = [flip_a_byte, truncate, lose_the_state, lose_the_weights, empty_the_state]
+def change_a_digit_of_the_state(folder: Path) -> None:
+    file = folder / "state.json"
+    file.write_text(
+        file.read_text(encoding="utf-8").replace('"images_seen": 12', '"images_seen": 13'), encoding="utf-8"
+    )
+
+
+def make_unreadable(folder: Path) -> None:
+    """Reading fails, as from a rotten block of a disk."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+
+
+DAMAGE = [
+    flip_a_byte, truncate, lose_the_state, lose_the_weights, empty_the_state, change_a_digit_of_the_state,
+    make_unreadable,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

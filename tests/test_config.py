@@ -126,6 +126,13 @@ def test_broken_yaml_is_an_error_in_one_line(tmp_path: Path, text: str) -> None:
         load(tmp_path, text)
 
 
+def test_aliases_that_stand_for_a_billion_values_are_an_error_in_one_line(tmp_path: Path) -> None:
+    lists = ["- &0 [lol, lol]"] + [f"- &{i + 1} [{', '.join([f'*{i}'] * 10)}]" for i in range(9)]
+    with pytest.raises(ValueError, match=r"train\.lr = \[") as caught:
+        load(tmp_path, "train:\n  lr:\n" + "".join(f"    {line}\n" for line in lists))
+    assert len(str(caught.value)) < 500
+
+
 def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--config: no such file: .*none\.yaml$"):
         load_config(tmp_path / "none.yaml")

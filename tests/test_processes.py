@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
+from pipeline.checkpoint import checkpoint_folders
 from tests.small_world import World, run_stage, succeed, tree
 from tests.test_training import log_of
 
@@ -33,11 +34,19 @@ LONG = (
 )
 
 
-def start(world: World, run: Path, processes: int, overrides: tuple[str, ...] = LONG) -> subprocess.Popen[str]:
-    """`train` as people start it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--", "stages"]
-    command = [sys.executable, *(launcher if processes > 1 else ["-m", "stages"])]
-    command += ["train", "--config", str(world.config), "--run", str(run)]
+def start(
+    world: World,
+    run: Path,
+    processes: int,
+    overrides: tuple[str, ...] = LONG,
+    *,
+    launcher: tuple[str, ...] = (),
+    module: str = "stages",
+) -> subprocess.Popen[str]:
+    """`train` as people start it: several processes by torchrun."""
+    if processes > 1:
+        launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--")
+    command = [sys.executable, "-m", *launcher, module, "train", "--config", str(world.config), "--run", str(run)]
     for override in overrides:
         command += ["--set", override]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -84,9 +93,9 @@ def assert_same(run: Path, straight: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that nothing disturbs."""
+    """A run of one process that nothing disturbs, started by accelerate."""
     run = tmp_path_factory.mktemp("alone")
-    finish(start(world, run, 1))
+    finish(start(world, run, 1, launcher=("accelerate.commands.launch", "--num_processes", "1", "-m")))
     return run
 
 
@@ -147,7 +156,7 @@ def test_a_signal_to_one_of_two_processes_or_to_their_launcher_saves_both(
     assert_same(tmp_path, pair)
 
 
-def test_two_processes_become_one_that_reads_the_same_images_at_the_same_rate(
+def test_two_processes_become_one_that_goes_on_at_the_same_place_and_rate(
     world: World, alone: Path, pair: Path, tmp_path: Path
 ) -> None:
     kill(start(world, tmp_path, 2), tmp_path, 8)
@@ -188,6 +197,13 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(world: Worl
         assert torch.allclose(two[name], gradient, rtol=1e-4, atol=1e-7), name
 
 
+def test_what_one_process_reads_as_not_a_number_stops_both_before_the_update(world: World, tmp_path: Path) -> None:
+    overrides = ("train.images=48", "train.checkpoint_every=8")
+    printed = finish(start(world, tmp_path, 2, overrides, module="tests.poisoned"), code=1)
+    assert "step 6: the gradient is NaN or infinite; the loss is so for 1 of the 2 images of process 1 (" in printed
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000008", "000000016"]
+
+
 def test_a_second_launch_on_a_run_is_refused_and_told_of_the_first(world: World, tmp_path: Path) -> None:
     process = start(world, tmp_path, 1)
     with after_lines(process, tmp_path, 1):
@@ -208,3 +224,13 @@ def test_copies_that_are_not_connected_are_refused(
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: {name} = 2, but 1 process(es) are connected")
     assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "start"), [("1", "latentmill train"), ("2", "--nproc_per_node 2 -m -- stages train")]
+)
+def test_make_starts_as_many_processes_as_asked_for(count: str, start: str) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "train", f"NPROC={count}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert start in done.stdout

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from pipeline.checkpoint import checkpoint_folders
+from pipeline.unet import LatentUNet
 from stages.cli import main
 from stages.config import Config, load_config
+from stages.launch import _check_fsdp, connect
 from stages.train import Trainer, train
 from tests.small_world import CLASSES, World, make_images, make_vae, run_stage, succeed, tree
 from tests.test_checkpoint import flip_a_byte, lose_the_state
@@ -106,6 +113,13 @@ def test_the_seed_changes_the_run(world: World, config: Config, tmp_path: Path) 
     train(other, tmp_path / "other")
     train(same, tmp_path / "same")
     assert log_of(tmp_path / "other")[0]["loss"] != log_of(tmp_path / "same")[0]["loss"]
+
+
+def test_a_run_does_not_go_on_in_the_order_of_another_seed(world: World, tmp_path: Path) -> None:
+    succeed("train", world.config, tmp_path, "train.images=16")
+    result = run_stage("train", world.config, tmp_path, "train.seed=1")
+    assert result.exit_code == 2
+    assert "its train.seed is 0, this run has 1" in result.stderr
 
 
 def test_a_longer_run_continues_a_finished_one(world: World, tmp_path: Path) -> None:
@@ -204,8 +218,9 @@ def weights_of(run: Path, images: int) -> dict[str, torch.Tensor]:
 def test_fine_tuning_begins_with_the_average_of_another_run(world: World, tmp_path: Path) -> None:
     """At a learning rate of nearly 0 the weights stay where they began."""
     printed = succeed(
-        "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5"
-    )
+        "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5",
+        "model.dropout=0",
+    )  # fmt: skip
     assert f"beginning with the averaged weights of {world.run / 'checkpoints' / '000000048'}" in printed
     assert "table" not in printed
     expected = weights_of(world.run, 48)
@@ -218,7 +233,7 @@ def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weight
     succeed("encode", world.config, tmp_path, *overrides)
     more = (f"train.init={world.run}", "train.images=4", "train.lr=1e-12")
     printed = succeed("train", world.config, tmp_path / "run", *overrides, *more)
-    assert "3 classes instead of its 2: their table is new" in printed
+    assert "3 classes, not its 2: their table is new" in printed
     ours, theirs = weights_of(tmp_path / "run", 4), weights_of(world.run, 48)
     table = "classes.weight"
     assert ours[table].shape[0] == 4
@@ -226,6 +241,14 @@ def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weight
     assert not torch.allclose(ours[table][0], theirs[table][0], atol=1e-3)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-9) for name in ours if name != table)
     succeed("sample", world.config, tmp_path / "run", *overrides)
+
+
+def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.run, tmp_path / "copy")
+    flip_a_byte(tmp_path / "copy" / "checkpoints" / "000000048")
+    printed = succeed("train", world.config, tmp_path / "run", f"train.init={tmp_path / 'copy'}", "train.images=4")
+    assert "passed over" in printed
+    assert "checkpoints/000000032" in printed
 
 
 @pytest.mark.parametrize(
@@ -266,6 +289,26 @@ def test_an_average_of_another_width_can_be_sampled_and_fine_tuned_but_not_conti
     result = run_stage("train", world.config, made, "train.ema=power", "train.images=96")
     assert result.exit_code == 2
     assert "holds an average alone" in result.stderr
+
+
+def test_an_average_is_never_written_over_a_run_or_hidden_by_a_later_one(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed("train", world.config, run, "train.ema=power", "train.checkpoint_every=16")
+    before = tree(run)
+
+    def ema(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["ema", str(run), "--width", "0.1", *arguments])
+
+    assert "a run was trained there" in ema("--to", str(run)).stderr
+    assert tree(run) == before
+    assert ema().exit_code == 0
+    assert "it holds an average at 48 images" in ema("--images", "32", "--to", str(tmp_path / "run-ema0.1")).stderr
+    assert ema("--images", "32").exit_code == 0
+    assert (tmp_path / "run-ema0.1-32" / "checkpoints" / "000000032").is_dir()
+    (run / "averages" / "000000016" / "state.json").write_text("{}", encoding="utf-8")
+    assert "passed over" in ema("--to", str(tmp_path / "without the first")).stdout
+    (run / "averages" / "000000048" / "state.json").write_text("{}", encoding="utf-8")
+    assert ema("--to", str(tmp_path / "without the last")).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -322,16 +365,18 @@ def test_gradient_checkpointing_and_parts_of_a_batch_change_no_more_than_roundin
     succeed(
         "train", world.config, tmp_path / "parts", *plain, "train.gradient_checkpointing=true", "train.accumulate=4"
     )
-    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("plain", "parts")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for key in ("loss", "gradient_norm"):
+        plain_values, parts_values = ([line[key] for line in log_of(tmp_path / name)] for name in ("plain", "parts"))
+        assert plain_values == pytest.approx(parts_values, rel=1e-4)
 
 
+@pytest.mark.parametrize("noise", [(), ("noise.schedule=cosine", "noise.prediction=v", "sample.scheduler=ddpm")])
 def test_a_compiled_run_learns_what_another_one_does(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: tuple[str, ...]
 ) -> None:
     """Through dynamo without inductor, which would take a minute: capture, backward pass and checkpoints."""
     compiled = torch.nn.Module.compile
-    overrides = ("train.images=16", "model.dropout=0")
+    overrides = ("train.images=16", "model.dropout=0", *noise)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="aot_eager"))
         succeed("train", world.config, tmp_path / "compiled", *overrides, "train.compile=true")
@@ -369,9 +414,119 @@ def test_a_batch_that_cannot_be_shared_is_refused(world: World, tmp_path: Path) 
     assert "accumulate = 4 does not divide batch_size = 6" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("instruction", "precision"), [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "fp32")]
+)
+@pytest.mark.usefixtures("accelerate_anew")
+def test_the_precision_is_bf16_where_the_cpu_has_instructions_for_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instruction: str, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    printed = succeed("train", world.config, tmp_path, "train.precision=auto", "train.images=8")
+    assert f"(cpu, {precision})" in printed
+
+
 @pytest.mark.usefixtures("accelerate_anew")
 def test_fp16_on_a_cpu_is_refused(world: World, tmp_path: Path) -> None:
     """Accelerate would compute in float32 and say nothing."""
     result = run_stage("train", world.config, tmp_path, "train.precision=fp16")
     assert result.exit_code == 2
     assert "train.precision = fp16" in result.stderr
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with fp16's loss scale, in float32: a CPU has the one, but not the other."""
+    prepare = Trainer._prepare
+
+    def with_scaler(self: Trainer, model: LatentUNet) -> None:
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+        prepare(self, model)
+
+    monkeypatch.setattr(Trainer, "_prepare", with_scaler)
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_run_with_a_loss_scale_goes_on_where_it_was_interrupted(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config, tmp_path / "straight")
+    interrupt(monkeypatch, config, tmp_path / "broken", at_step=6)
+    train(config, tmp_path / "broken")
+    assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
+    state = json.loads((tmp_path / "broken" / "checkpoints" / "000000048" / "state.json").read_text(encoding="utf-8"))
+    assert state["scaler"]["scale"] == 4096.0  # doubled twice in twelve steps
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_loss_that_is_not_a_number_stops_a_run_with_a_loss_scale(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deferred: bool
+) -> None:
+    monkeypatch.setattr(Trainer, "_can_defer", lambda self: deferred)
+    poison(monkeypatch, step=5, place=1)
+    result = run_stage("train", world.config, tmp_path)
+    assert result.exit_code == 1
+    assert "train: step 6: " in result.stderr
+    assert "1 of the 4 images of process 0 (" in result.stderr
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000016"]
+
+
+def test_a_signal_while_the_cache_is_still_verified_saves_nothing_and_waits_for_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = threading.Event()
+    update = Trainer._update
+
+    def signalled(self: Trainer) -> None:
+        update(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_update", signalled)
+    monkeypatch.setattr(LatentCache, "verify", lambda self: verified.wait(60))
+    monkeypatch.setattr("stages.train._GRACE", 0.1)
+    result = run_stage("train", world.config, tmp_path)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert "SIGTERM: the cache is not verified yet, so nothing new is saved" in result.stdout
+    assert checkpoint_folders(tmp_path) == []
+    workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert all(thread.daemon for thread in workers if not thread.name.startswith("ThreadPoolExecutor"))
+    verified.set()
+
+
+def test_machines_that_would_read_in_different_orders_are_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = Accelerator.gather
+
+    def of_two(self: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, ~tensor]) if tensor.dtype == torch.bool else gather(self, tensor)
+
+    monkeypatch.setattr(Accelerator, "gather", of_two)
+    result = run_stage("train", world.config, tmp_path)
+    assert result.exit_code == 2
+    assert "train.access = auto: " in result.stderr
+
+
+def test_a_device_without_memory_for_a_batch_is_told_of_ways_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "_update", full)
+    result = run_stage("train", world.config, tmp_path)
+    assert result.exit_code == 1
+    assert "out of memory with train.batch_size = 4: try train.accumulate=2" in result.stderr
+
+
+def test_fsdp_leaves_precision_to_autocast_and_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it would cast the timesteps to bfloat16, in which 999 is 1000."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    _check_fsdp(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.float32,) * 3
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="among GPUs, and there is none"):
+        connect("fp32")

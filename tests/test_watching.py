@@ -16,7 +16,7 @@ from PIL import Image
 
 from stages.config import load_config
 from stages.tracker import Tracker
-from stages.watch import LEVELS, Window
+from stages.watch import LEVELS, Window, draw_curves
 from tests.small_world import CLASSES, IMAGE_SIZE, World, run_stage, succeed, tree
 from tests.test_training import log_of
 
@@ -92,10 +92,24 @@ def test_the_run_has_its_curves_and_a_strip_of_its_previews(world: World, tmp_pa
         )
 
 
+def test_a_loss_below_zero_has_its_curve(world: World, tmp_path: Path) -> None:
+    """As the learned weighting's, which a logarithmic axis would leave out."""
+    lines = [json.loads(line) for line in (world.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    drawn = []
+    for sign in (1, -1):
+        text = "".join(json.dumps({**line, "loss": sign * line["loss"]}) + "\n" for line in lines)
+        (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
+        draw_curves(tmp_path)
+        upper_left = Image.open(tmp_path / "curves.png").convert("RGB").crop((0, 0, 560, 350))
+        drawn.append(sum(count for count, color in upper_left.getcolors(2**20) or [] if color == (31, 119, 180)))
+    assert min(drawn) > 100
+
+
 def test_tensorboard_has_every_line_of_the_log(world: World, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    succeed("train", world.config, tmp_path, "train.tracker=tensorboard")
+    for images in (24, 48):  # the second time it goes on
+        succeed("train", world.config, tmp_path, "train.tracker=tensorboard", f"train.images={images}")
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     losses = [(event.step, event.value) for event in board.Scalars("loss")]
