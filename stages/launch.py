@@ -48,6 +48,29 @@ def connect(precision: str) -> Accelerator:
     return accelerator
 
 
+def computer(accelerator: Accelerator) -> dict[str, str | int]:
+    """What the bits of a run may depend on."""
+    return {
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": accelerator.device.type,
+        "precision": _precision(accelerator),
+        "torch": torch.__version__,
+    }
+
+
+def describe(accelerator: Accelerator) -> str:
+    """Processes, device and precision, in words."""
+    count, device = accelerator.num_processes, accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{count} process{'es' if count > 1 else ''} ({name}, {_precision(accelerator)})"
+
+
+def _precision(accelerator: Accelerator) -> str:
+    kind = accelerator.mixed_precision
+    return "fp32" if kind == "no" else kind
+
+
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/accelerate/fsdp.yaml")

@@ -1,4 +1,4 @@
-"""Where a run begins: its newest checkpoint, another run's averaged weights, or nothing."""
+"""What a run begins with: model, batches, and its newest checkpoint, another run's averaged weights, or nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from data.cache import LatentCache
+from data.loader import LatentLoader
 from data.manifest import Manifest
 from pipeline.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
 from pipeline.cost import fitting_rows
@@ -160,6 +162,35 @@ def with_batch_size(
         f"train: train.batch_size = {size} (auto: memory for {rows * step:,}, at least {_MIN_STEPS} steps)"
     )
     return _with_train(config, batch_size=size)
+
+
+def open_loader(config: Config, cache: LatentCache, accelerator: Accelerator) -> LatentLoader:
+    """This process's share of the batches of a run; config.train.batch_size is a number.
+
+    ValueError where the batch cannot be dealt out evenly, or where some processes hold the cache and others stream it.
+    """
+    train = config.train
+    assert train.batch_size != "auto"
+    share = accelerator.num_processes * train.accumulate
+    if train.batch_size % share:
+        raise ValueError(
+            f"train.batch_size = {train.batch_size} is no multiple of {share}, the {accelerator.num_processes}"
+            f" processes times train.accumulate = {train.accumulate}"
+        )
+    loader = LatentLoader(
+        cache,
+        seed=train.seed,
+        batch_size=train.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        access=train.access,
+    )
+    streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=accelerator.device))
+    if streamed.any() != streamed.all():  # two orders of images in one run
+        raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")
+    accelerator.print(f"train: {len(cache):,} images in {len(cache.manifest.classes)} classes, {loader.describe()}")
+    return loader
 
 
 def as_json(normalization: Normalization) -> dict[str, list[float]]:

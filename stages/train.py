@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.cache import LatentCache
-from data.loader import LatentLoader
 from data.manifest import Manifest
 from data.storage import claim, probe, publish
 from pipeline.checkpoint import (
@@ -36,7 +35,7 @@ from pipeline.optimize import FiniteGuard, lr_at, make_optimizers, set_lr
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config, dump_config
-from stages.launch import Preemption, connect, in_background
+from stages.launch import Preemption, computer, connect, describe, in_background
 from stages.preview import draw_preview, draw_strip
 from stages.start import (
     as_json,
@@ -46,6 +45,7 @@ from stages.start import (
     ema_widths,
     find_checkpoint,
     normalization_of,
+    open_loader,
     with_batch_size,
 )
 from stages.tracker import Tracker
@@ -97,11 +97,14 @@ class Trainer:
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
         self.normalization = normalization_of(config, self.manifest)
-        self.loader = self._open_loader(cache)
+        self.loader = open_loader(config, cache, accelerator)
         self.noise = NoiseProcess(**config.noise.model_dump())
         model = build_model(config, self.manifest)
         self.window = Window(accelerator, Cost.of(model).flops)
-        self._say_what_runs(model)
+        accelerator.print(
+            f"train: {model.num_parameters() / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image;"
+            f" batches of {self.batch_size} on {describe(accelerator)}"
+        )
         if config.train.init and not checkpoint:
             accelerator.print(f"train: {begin_with(model, config, self.manifest)}")
         self._prepare(model)
@@ -144,44 +147,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
 
-    def _open_loader(self, cache: LatentCache) -> LatentLoader:
-        settings, accelerator = self.config.train, self.accelerator
-        share = accelerator.num_processes * settings.accumulate
-        if self.batch_size % share:
-            raise ValueError(
-                f"train.batch_size = {self.batch_size} is no multiple of {share}, the {accelerator.num_processes}"
-                f" processes times train.accumulate = {settings.accumulate}"
-            )
-        loader = LatentLoader(
-            cache,
-            seed=settings.seed,
-            batch_size=self.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            device=self.device,
-            access=settings.access,
-        )
-        streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=self.device))
-        if streamed.any() != streamed.all():  # two orders of images in one run
-            raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")
-        classes = len(self.manifest.classes)
-        accelerator.print(f"train: {len(cache):,} images in {classes} classes, {loader.describe()}")
-        return loader
-
-    def _say_what_runs(self, model: LatentUNet) -> None:
-        count, processes = sum(p.numel() for p in model.parameters()), self.accelerator.num_processes
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        self.accelerator.print(
-            f"train: {count / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image; batches of"
-            f" {self.batch_size} on {processes} process{'es' if processes > 1 else ''} ({name},"
-            f" {self._precision})"
-        )
-
-    @property
-    def _precision(self) -> str:
-        kind = self.accelerator.mixed_precision
-        return "fp32" if kind == "no" else kind
-
     def _prepare(self, model: LatentUNet) -> None:
         """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
         settings = self.config.train
@@ -220,22 +185,12 @@ class Trainer:
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
-        here = self._computer()
+        here = computer(accelerator)
         changes = [
             f"{name} {here[name]} instead of {old}" for name, old in state["computer"].items() if here[name] != old
         ]
         if changes:
             accelerator.print(f"train: {', '.join(changes)}: same images, order and learning rate, but bits may differ")
-
-    def _computer(self) -> dict[str, str | int]:
-        """What bits may depend on."""
-        return {
-            "processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "device": self.device.type,
-            "precision": self._precision,
-            "torch": torch.__version__,
-        }
 
     def _update(self) -> None:
         """One optimizer step."""
@@ -385,7 +340,7 @@ class Trainer:
             "weighting": settings.weighting,
             "widths": ema_widths(self.config),
             "streamed": self.loader.access == "streamed",
-            "computer": self._computer(),
+            "computer": computer(self.accelerator),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         if state["widths"] and scheduled:
