@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fsspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from data.cache import LatentCache
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
 from data.writer import CacheWriter
+from tests.pictures import PICTURES, SPREAD, write_folder
 
 if TYPE_CHECKING:
     from tests.small_world import World
@@ -99,3 +102,21 @@ def cache(tmp_path: Path, plan: Plan, rows: Rows, moments: NDArray[np.float32]) 
             writer.write(shard, moments[mine.start : mine.stop], {row: "unreadable" for row in (5, 40) if row in mine})
         writer.finish()
     return LatentCache(tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_empty() -> Iterator[None]:
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes with three and two images; the same file name in both, and one image in a nested folder."""
+    return write_folder(tmp_path / "images", PICTURES)
+
+
+@pytest.fixture(params=SPREAD)
+def spread(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Puts a folder where it is, into a zip file, or into memory."""
+    return SPREAD[request.param]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline.anchor import anchored_autoencoder
 from stages.cli import main
@@ -18,6 +20,7 @@ from stages.cli import main
 CLASSES = ("cat", "dog & <fox>")  # the second has to be escaped in a page and in a file's name
 IMAGE_SIZE = 16
 BROKEN = "cat/3.png"
+MEASURED = {"images_per_second", "teraflops_per_second", "data_wait", "memory_gb"}
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,14 @@ def succeed(stage: str, config: Path, run: Path, *overrides: str, more: tuple[st
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a log without what was measured on this machine."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def weights_of(run: Path, images: int) -> dict[str, torch.Tensor]:
+    """Of the average of a checkpoint, by name."""
+    return load_file(run / "checkpoints" / f"{images:09d}" / "ema" / "diffusion_pytorch_model.safetensors")

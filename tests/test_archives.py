@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import archives, files
-from tests.test_files import (
+from tests.pictures import (
     KEYS,
     PICTURES,
     REDS,

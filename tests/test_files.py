@@ -1,141 +1,37 @@
 from __future__ import annotations
 
 import io
-import json
-import multiprocessing
 import os
 import pickle
 import sys
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from data.files import ImageFiles, open_container
-from data.source import Batch, Source, open_source
-
-KEYS = ["cat/1.png", "cat/2.PNG", "cat/old/1.png", "dog/1.png", "dog/2.bmp"]
-REDS = [("cat", 0), ("cat", 40), ("cat", 80), ("dog", 120), ("dog", 160)]  # class and red value of each image
-
-
-def picture(red: int, suffix: str = ".png") -> bytes:
-    """The bytes of an image of one colour."""
-    payload = io.BytesIO()
-    Image.new("RGB", (8, 8), (red, 0, 0)).save(payload, Image.registered_extensions()[suffix.lower()])
-    return payload.getvalue()
-
-
-PICTURES = {key: picture(red, Path(key).suffix) for key, (_, red) in zip(KEYS, REDS, strict=True)}
-
-
-def opened(url: str | Path, **options: Any) -> ImageFiles:
-    return ImageFiles(str(url), image_size=8, **options)
-
-
-def everything(images: Source) -> Batch:
-    batch = images.load(range(len(images.keys)))
-    assert not batch.failures
-    return batch
-
-
-def reds(images: Source) -> list[tuple[str, int]]:
-    """The class and the red value of every image."""
-    pixels = everything(images).pixels
-    return [(images.classes[label], int(p[0, 0, 0])) for label, p in zip(images.labels, pixels, strict=True)]
-
-
-def write_folder(path: Path, contents: Mapping[str, bytes]) -> Path:
-    for key, payload in contents.items():
-        (path / key).parent.mkdir(parents=True, exist_ok=True)
-        (path / key).write_bytes(payload)
-    return path
-
-
-def write_zip(path: Path, contents: Mapping[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for key, payload in contents.items():
-            archive.writestr(zipfile.ZipInfo(key), payload)
-    return path
-
-
-def write_tar(path: Path, contents: Mapping[str, bytes], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, payload in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            archive.addfile(info, io.BytesIO(payload))
-    return path
-
-
-def samples(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Members of a tar: every picture and the name of its class."""
-    members = {}
-    for key, payload in pictures.items():
-        members[key] = payload
-        members[key.split(".")[0] + ".cls"] = key.split("/")[0].encode()
-    return members
-
-
-def write_parquet(
-    path: Path,
-    payloads: Sequence[bytes | None],
-    labels: Sequence[object],
-    names: Sequence[str] | None = None,
-    *,
-    label: str = "label",
-    rows_per_group: int = 2,
-) -> Path:
-    """As `datasets` writes it: images as `{bytes, path}`, and the names of classes in the schema's metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = pa.array(
-        [{"bytes": payload, "path": f"{row}.png"} for row, payload in enumerate(payloads)],
-        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-    )
-    table = pa.table({"image": image, label: pa.array(labels)})
-    if names is not None:
-        features = {"image": {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path, row_group_size=rows_per_group)
-    return path
-
-
-def parquet_of(path: Path, pictures: Mapping[str, bytes]) -> Path:
-    names = sorted({key.split("/")[0] for key in pictures})
-    labels = [names.index(key.split("/")[0]) for key in pictures]
-    return write_parquet(path, list(pictures.values()), labels, names)
-
-
-def in_memory(path: Path) -> str:
-    """The URL of a copy of a file or folder that is on no disk."""
-    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    copies = {f"/{file.relative_to(path.parent)}": file.read_bytes() for file in found}
-    fsspec.filesystem("memory").pipe(copies)
-    return f"memory://{path.name}"
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_empty() -> Iterator[None]:
-    yield
-    fsspec.filesystem("memory").store.clear()
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two classes with three and two images; the same file name in both, and one image in a nested folder."""
-    return write_folder(tmp_path / "images", PICTURES)
-
+from data.source import open_source
+from tests.pictures import (
+    KEYS,
+    PICTURES,
+    REDS,
+    everything,
+    in_forks,
+    in_memory,
+    opened,
+    parquet_of,
+    picture,
+    reds,
+    samples,
+    write_folder,
+    write_tar,
+    write_zip,
+)
 
 # What holds wherever the images are
 
@@ -191,26 +87,6 @@ def test_the_fingerprint_of_what_is_unchanged_is_stable(place: str) -> None:
     everything(images)
     assert images.fingerprint() == first
     assert opened(place).fingerprint() == first
-
-
-def in_forks(images: Source, indices: Sequence[int], count: int) -> list[Batch]:
-    """What forks of this process read at the same time, with all that it has open."""
-    context = multiprocessing.get_context("fork")
-
-    def read(end: Any) -> None:
-        end.send(images.load(indices))
-
-    receivers = []
-    for _ in range(count):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=read, args=(sender,))
-        process.start()
-        sender.close()  # so that the end of the process is the end of the pipe
-        receivers.append((receiver, process))
-    batches = [receiver.recv() for receiver, _ in receivers]
-    for _, process in receivers:
-        process.join()
-    return batches
 
 
 def test_forks_read_the_same_pixels_at_the_same_time(place: str) -> None:
@@ -300,20 +176,6 @@ def test_a_source_is_opened_by_its_name(root: Path) -> None:
 
 
 # Folders
-
-
-def zipped(folder: Path) -> str:
-    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return str(write_zip(folder.with_suffix(".zip"), contents))
-
-
-SPREAD: dict[str, Callable[[Path], str]] = {"a folder": str, "a zip file": zipped, "memory": in_memory}
-
-
-@pytest.fixture(params=SPREAD)
-def spread(request: pytest.FixtureRequest) -> Callable[[Path], str]:
-    """Puts a folder where it is, into a zip file, or into memory."""
-    return SPREAD[request.param]
 
 
 def test_images_are_sorted_within_sorted_classes(root: Path) -> None:
@@ -460,147 +322,6 @@ def test_a_file_that_cannot_be_read_is_a_failure_and_no_other_image_is_lost(
     assert len(batch.failures[1]) > 10
     assert not batch.pixels[1].any()
     np.testing.assert_array_equal(batch.pixels[[0, 2]], [noise, noise])
-
-
-# Classes and lists
-
-
-def test_classes_are_numbered_in_the_order_of_their_list(root: Path, spread: Callable[[Path], str]) -> None:
-    text = "\ufeffdog\ta remark\r\nbird\r\n\r\ncat\n"
-    (root / "classes.txt").write_bytes(text.encode())
-    images = opened(spread(root))
-    assert images.classes == ("dog", "bird", "cat")  # a class may be without images
-    np.testing.assert_array_equal(images.labels, [2, 2, 2, 0, 0])
-    assert reds(images) == REDS
-
-
-def test_a_class_that_is_not_in_the_list_is_refused(root: Path, spread: Callable[[Path], str]) -> None:
-    (root / "classes.txt").write_text("cat\nbird\n")
-    with pytest.raises(ValueError, match=r"dog/1\.png: its class dog is not in classes\.txt"):
-        opened(spread(root))
-
-
-LISTED = {"a/1.png": picture(10), "2.png": picture(20), "3.png": picture(30)}  # the last is on no list
-LISTS: dict[str, Callable[[Sequence[tuple[str, Any]]], str]] = {
-    "metadata.csv": lambda rows: "file_name,label\n" + "".join(f"{name},{label}\n" for name, label in rows),
-    "metadata.jsonl": lambda rows: "".join(
-        json.dumps({"file_name": name, "text": "of\u2028two lines", "label": label}, ensure_ascii=False) + "\n\n"
-        for name, label in rows
-    ),
-    "dataset.json": lambda rows: json.dumps({"labels": rows}),
-}
-
-
-def listed_folder(path: Path, name: str, rows: Sequence[tuple[str, Any]], encoding: str = "utf-8") -> Path:
-    return write_folder(path, {**LISTED, name: LISTS[name](rows).encode(encoding)})
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_a_list_says_which_files_are_images_and_of_what_number(
-    tmp_path: Path, name: str, spread: Callable[[Path], str]
-) -> None:
-    folder = listed_folder(tmp_path / "images", name, [("2.png", 2), ("./a/1.png", 0)])
-    images = opened(spread(folder))
-    assert images.keys == ["2.png", "a/1.png"]
-    assert images.classes == ("0", "1", "2")
-    assert reds(images) == [("2", 20), ("0", 10)]
-    assert all(images.stamps)
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_a_list_may_name_classes(tmp_path: Path, name: str, spread: Callable[[Path], str]) -> None:
-    folder = listed_folder(tmp_path / "images", name, [("2.png", "dog"), ("a/1.png", "cat")], "utf-8-sig")
-    images = opened(spread(folder))
-    assert images.classes == ("cat", "dog")
-    assert reds(images) == [("dog", 20), ("cat", 10)]
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_the_fingerprint_shows_that_a_list_gives_an_image_another_class(tmp_path: Path, name: str) -> None:
-    folder = listed_folder(tmp_path, name, [("2.png", "dog"), ("a/1.png", "cat")])
-    first = opened(folder).fingerprint()
-    (folder / name).write_text(LISTS[name]([("2.png", "dog"), ("a/1.png", "dog")]), encoding="utf-8")
-    assert opened(folder).fingerprint() != first
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_numbers_of_a_list_are_lines_of_the_list_of_classes(tmp_path: Path, name: str) -> None:
-    folder = listed_folder(tmp_path, name, [("2.png", 1), ("a/1.png", 0)])
-    (folder / "classes.txt").write_text("cat\ndog\nbird\n")
-    images = opened(folder)
-    assert images.classes == ("cat", "dog", "bird")
-    assert reds(images) == [("dog", 20), ("cat", 10)]
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_a_number_that_no_class_has_is_refused(tmp_path: Path, name: str) -> None:
-    folder = listed_folder(tmp_path, name, [("2.png", 1), ("a/1.png", 2)])
-    (folder / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match=r"a/1\.png: its label \d+ is none of the 2 classes"):
-        opened(folder)
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "dataset.json"])
-@pytest.mark.parametrize("label", [-1, None, True, 1.5, [0, 1], ""])
-def test_a_label_that_is_no_class_is_refused(tmp_path: Path, name: str, label: object) -> None:
-    with pytest.raises(ValueError, match=r"data\.source: .*label"):
-        opened(listed_folder(tmp_path, name, [("a/1.png", 0), ("2.png", label)]))
-
-
-def test_captions_without_classes_are_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, {**LISTED, "metadata.csv": b"file_name,text\n2.png,a dog\n3.png,a cat\n"})
-    with pytest.raises(ValueError, match="some are missing"):
-        opened(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("metadata.csv", "file_name\n{}\n"), ("metadata.jsonl", '{{"file_name": "{}"}}')]
-)
-def test_where_a_list_has_no_labels_the_folder_is_the_class(root: Path, name: str, text: str) -> None:
-    (root / name).write_text(text.format("dog/1.png"))
-    assert reds(opened(root)) == [("dog", 120)]
-
-
-def test_where_a_data_set_has_no_labels_its_folders_are_the_classes(root: Path, spread: Callable[[Path], str]) -> None:
-    (root / "dataset.json").write_text('{"labels": null}')
-    assert reds(opened(spread(root))) == REDS
-
-
-@pytest.mark.parametrize("name", LISTS)
-@pytest.mark.parametrize("outside", ["../1.png", "a/../../1.png", "/1.png"])
-def test_a_list_does_not_lead_out_of_its_folder(tmp_path: Path, name: str, outside: str) -> None:
-    (tmp_path / "1.png").write_bytes(picture(99))
-    with pytest.raises(ValueError, match=f"{name}: .*leads out of the folder"):
-        opened(listed_folder(tmp_path / "images", name, [(outside, 0)]))
-
-
-def test_a_listed_file_that_is_missing_is_a_failure(tmp_path: Path, spread: Callable[[Path], str]) -> None:
-    folder = listed_folder(tmp_path / "images", "dataset.json", [("2.png", 0), ("gone.png", 0)])
-    batch = opened(spread(folder)).load([0, 1])
-    assert list(batch.failures) == [1]
-    assert "gone.png" in batch.failures[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("metadata.csv", b"name,label\n1.png,0\n"),
-        ("metadata.csv", b"file_name,label\n1.png," + b"9" * 200_000),
-        ("metadata.csv", b"file_name,label\n\xff.png,0\n"),
-        ("metadata.jsonl", b'{"label": 0}'),
-        ("metadata.jsonl", b'["1.png", 0]'),
-        ("metadata.jsonl", b'{"file_name": "1.png"'),
-        ("dataset.json", b"[]"),
-        ("dataset.json", b"{}"),
-        ("dataset.json", b'{"labels": [["1.png"]]}'),
-        ("dataset.json", b'{"labels": 5}'),
-        ("dataset.json", b'{"labels"'),
-    ],
-)
-def test_a_damaged_list_is_refused_by_its_name(root: Path, name: str, text: bytes) -> None:
-    (root / name).write_bytes(text)
-    with pytest.raises(ValueError, match=f"data.source: {name}: .*: see docs/data.md"):
-        opened(root)
 
 
 # URLs

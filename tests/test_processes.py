@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from pipeline.checkpoint import checkpoint_folders
-from tests.small_world import World, run_stage, succeed, tree
-from tests.test_training import log_of
+from tests.small_world import World, log_of, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
 # 200 steps with dropout, posterior noise, label dropout, a learned weighting and two averages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,21 +14,16 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from click.testing import CliRunner, Result
-from safetensors.torch import load_file
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from pipeline.checkpoint import checkpoint_folders
 from pipeline.unet import LatentUNet
-from stages.cli import main
 from stages.config import Config, load_config
 from stages.launch import _check_fsdp, connect
 from stages.train import Trainer, train
-from tests.small_world import CLASSES, World, make_images, make_vae, run_stage, succeed, tree
+from tests.small_world import World, log_of, make_vae, run_stage, succeed, tree, weights_of
 from tests.test_checkpoint import flip_a_byte, lose_the_state
-
-MEASURED = {"images_per_second", "teraflops_per_second", "data_wait", "memory_gb"}
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, config: Config, run: Path, *, at_step: int) -> None:
@@ -45,12 +39,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, config: Config, run: Path, *, at_
         patch.setattr(Trainer, "_update", failing)
         with pytest.raises(KeyboardInterrupt):
             train(config, run)
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log without what was measured on this machine."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 @pytest.fixture
@@ -206,119 +194,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update_and_names_t
     assert "at 16 images" in succeed("train", world.config, run)
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
     assert log_of(run) == log_of(world.run)
-
-
-# Runs that begin with the weights of another.
-
-
-def weights_of(run: Path, images: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"{images:09d}" / "ema" / "diffusion_pytorch_model.safetensors")
-
-
-def test_fine_tuning_begins_with_the_average_of_another_run(world: World, tmp_path: Path) -> None:
-    """At a learning rate of nearly 0 the weights stay where they began."""
-    printed = succeed(
-        "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5",
-        "model.dropout=0",
-    )  # fmt: skip
-    assert f"beginning with the averaged weights of {world.run / 'checkpoints' / '000000048'}" in printed
-    assert "table" not in printed
-    expected = weights_of(world.run, 48)
-    assert all(torch.allclose(value, expected[name], atol=1e-9) for name, value in weights_of(tmp_path, 4).items())
-
-
-def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weights(world: World, tmp_path: Path) -> None:
-    make_images(tmp_path / "images", (*CLASSES, "owl"))
-    overrides = (f"data.source={tmp_path / 'images'}", f"cache.path={tmp_path / 'cache'}")
-    succeed("encode", world.config, tmp_path, *overrides)
-    more = (f"train.init={world.run}", "train.images=4", "train.lr=1e-12")
-    printed = succeed("train", world.config, tmp_path / "run", *overrides, *more)
-    assert "3 classes, not its 2: their table is new" in printed
-    ours, theirs = weights_of(tmp_path / "run", 4), weights_of(world.run, 48)
-    table = "classes.weight"
-    assert ours[table].shape[0] == 4
-    assert torch.allclose(ours[table][-1], theirs[table][-1], atol=1e-9)  # the null class
-    assert not torch.allclose(ours[table][0], theirs[table][0], atol=1e-3)
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-9) for name in ours if name != table)
-    succeed("sample", world.config, tmp_path / "run", *overrides)
-
-
-def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_path: Path) -> None:
-    shutil.copytree(world.run, tmp_path / "copy")
-    flip_a_byte(tmp_path / "copy" / "checkpoints" / "000000048")
-    printed = succeed("train", world.config, tmp_path / "run", f"train.init={tmp_path / 'copy'}", "train.images=4")
-    assert "passed over" in printed
-    assert "checkpoints/000000032" in printed
-
-
-@pytest.mark.parametrize(
-    ("override", "field"),
-    [
-        ("model.blocks=2", "model.blocks is 1, this run has 2"),
-        ("noise.prediction=v", "noise.schedule is flow, this run has cosine"),
-        ("train.init=nowhere", "no whole checkpoint in nowhere"),
-    ],
-)
-def test_fine_tuning_from_another_kind_of_model_is_refused(
-    world: World, tmp_path: Path, override: str, field: str
-) -> None:
-    more = ("noise.schedule=cosine", "sample.scheduler=ddpm") if "noise" in override else ()
-    result = run_stage("train", world.config, tmp_path, f"train.init={world.run}", override, *more)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: train.init: ")
-    assert field in result.stderr
-
-
-# Averages of other widths.
-
-
-def test_an_average_of_another_width_can_be_sampled_and_fine_tuned_but_not_continued(
-    world: World, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    succeed("train", world.config, run, "train.ema=power", "train.checkpoint_every=8", "train.keep=1")
-    assert len(list((run / "averages").iterdir())) == 6
-    result = CliRunner().invoke(main, ["ema", str(run), "--width", "0.05"])
-    assert result.exit_code == 0, result.output
-    made = tmp_path / "run-ema0.05"
-    for name, value in weights_of(run, 48).items():  # the first of the two that are tracked
-        assert torch.allclose(weights_of(made, 48)[name], value, atol=1e-5)
-    succeed("sample", world.config, made)
-    succeed("decode", world.config, made)
-    succeed("train", world.config, tmp_path / "tuned", f"train.init={made}", "train.images=4")
-    result = run_stage("train", world.config, made, "train.ema=power", "train.images=96")
-    assert result.exit_code == 2
-    assert "holds an average alone" in result.stderr
-
-
-def test_an_average_is_never_written_over_a_run_or_hidden_by_a_later_one(world: World, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    succeed("train", world.config, run, "train.ema=power", "train.checkpoint_every=16")
-    before = tree(run)
-
-    def ema(*arguments: str) -> Result:
-        return CliRunner().invoke(main, ["ema", str(run), "--width", "0.1", *arguments])
-
-    assert "a run was trained there" in ema("--to", str(run)).stderr
-    assert tree(run) == before
-    assert ema().exit_code == 0
-    assert "it holds an average at 48 images" in ema("--images", "32", "--to", str(tmp_path / "run-ema0.1")).stderr
-    assert ema("--images", "32").exit_code == 0
-    assert (tmp_path / "run-ema0.1-32" / "checkpoints" / "000000032").is_dir()
-    (run / "averages" / "000000016" / "state.json").write_text("{}", encoding="utf-8")
-    assert "passed over" in ema("--to", str(tmp_path / "without the first")).stdout
-    (run / "averages" / "000000048" / "state.json").write_text("{}", encoding="utf-8")
-    assert ema("--to", str(tmp_path / "without the last")).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["--width", "0.05"], "train.ema=power"), (["--width", "0.5"], "width = 0.5: ")],
-)
-def test_an_average_that_cannot_be_made_is_refused(world: World, arguments: list[str], words: str) -> None:
-    result = CliRunner().invoke(main, ["ema", str(world.run), *arguments])
-    assert result.exit_code == 2
-    assert words in result.stderr
 
 
 # Other ways to train.

@@ -17,8 +17,7 @@ from PIL import Image
 from stages.config import load_config
 from stages.tracker import Tracker
 from stages.watch import LEVELS, Window, draw_curves
-from tests.small_world import CLASSES, IMAGE_SIZE, World, run_stage, succeed, tree
-from tests.test_training import log_of
+from tests.small_world import CLASSES, IMAGE_SIZE, World, log_of, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
 
