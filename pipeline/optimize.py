@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
 
 _UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
@@ -59,6 +60,21 @@ def lr_at(images_seen: int, *, schedule: str, peak: float, images: int, warmup: 
     return peak * max(0.0, min(1.0, rise, fall))
 
 
+def clip_gradients(optimizers: list[Optimizer], limit: float, *, in_step: bool) -> Tensor:
+    """The norm of the gradient of all parameters; the step to come sees it scaled down to `limit` where it is longer.
+
+    `in_step`: where fused AdamW is the only optimizer, it divides the gradient as it reads it, which saves a pass over
+    memory. Not where GradScaler tells it what to divide by.
+    """
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if in_step and len(optimizers) == 1:
+        optimizers[0].grad_scale = (norm / limit).clamp(min=1)  # type: ignore[attr-defined]
+    else:
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 class FiniteGuard:
     """Keeps a step whose gradient is NaN or infinite from changing any weight, and remembers which step it was.
 
@@ -70,7 +86,7 @@ class FiniteGuard:
         self.deferred = deferred
         self._first_bad = torch.full((), -1, device=device)
 
-    def check(self, step: int, value: torch.Tensor, optimizers: list[Optimizer]) -> int | None:
+    def check(self, step: int, value: Tensor, optimizers: list[Optimizer]) -> int | None:
         """Before the update of `step`, with its gradient's norm or its loss: as `bad_step`, or None if deferred."""
         bad = (self._first_bad < 0) & ~value.isfinite()
         self._first_bad = torch.where(bad, step, self._first_bad)

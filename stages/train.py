@@ -13,7 +13,6 @@ from typing import NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.cache import LatentCache
 from data.manifest import Manifest
@@ -31,7 +30,7 @@ from pipeline.cost import Cost
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Draws, Objective, coordinate_seed, draw_latents
-from pipeline.optimize import FiniteGuard, lr_at, make_optimizers, set_lr
+from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers, set_lr
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config, dump_config
@@ -240,15 +239,11 @@ class Trainer:
         return self.guard.check(self.step, norm, self.optimizers)
 
     def _clip(self, limit: float) -> Tensor:
-        """The norm of the gradient, whole if it is dealt out; the gradient is scaled down where it exceeds `limit`."""
-        parameters = list(self.prepared.parameters())
+        """The norm of the gradient, whole if it is dealt out; the step sees it scaled down where it exceeds `limit`."""
         if self.sharded:
-            return full(self.accelerator.clip_grad_norm_(parameters, limit))
+            return full(self.accelerator.clip_grad_norm_(list(self.prepared.parameters()), limit))
         self.accelerator.unscale_gradients()
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.device.type != "cpu" or norm > limit:  # another device is not waited for; the CPU is saved a pass
-            clip_grads_with_norm_(parameters, limit, norm)
-        return norm
+        return clip_gradients(self.optimizers, limit, in_step=not self.accelerator.scaler)
 
     def _parts(self, step: int) -> list[tuple[Tensor, ...]]:
         """Latents, noise, timesteps and classes of this process at `step`, in `train.accumulate` parts."""

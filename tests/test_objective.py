@@ -15,7 +15,7 @@ from pipeline.cost import Cost, fitting_rows, peak_flops
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight, reconstruction, weighted_sum
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Draws, Normalization, Objective, coordinate_seed, draw_latents
-from pipeline.optimize import FiniteGuard, lr_at, make_optimizers
+from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers
 from tests.test_unet import build, scramble, scrambled
 
 FLOW = NoiseProcess("flow", "flow")
@@ -230,6 +230,24 @@ def test_the_fused_step_moves_weights_in_channels_last_as_a_plain_one_does() -> 
             optimizer.zero_grad()
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("kind", "in_step"), [("adamw", True), ("adamw", False), ("muon", True)])
+def test_a_step_sees_a_long_gradient_at_the_length_of_the_limit(kind: str, in_step: bool) -> None:
+    """As by torch's own clipping."""
+    models = [nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(3, 2, bias=False)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (make_optimizers(model, kind=kind, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1) for model in models)
+    for number, length in enumerate([10.0, 1.0, 1e-3]):  # the limit is 2
+        for parameter, other in zip(*(model.parameters() for model in models), strict=True):
+            gradient = normals(*parameter.shape, seed=number)
+            parameter.grad, other.grad = gradient * length, gradient * length
+        expected = nn.utils.clip_grad_norm_(models[1].parameters(), 2.0)
+        torch.testing.assert_close(clip_gradients(ours, 2.0, in_step=in_step), expected)
+        for optimizer in (*ours, *theirs):
+            optimizer.step()
+    for parameter, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(parameter, other)
 
 
 @pytest.mark.parametrize("deferred", [False, True])
