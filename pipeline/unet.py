@@ -93,7 +93,7 @@ class TransformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
-        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.project(_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBottleneck(nn.Module):
@@ -249,6 +249,15 @@ class LatentUNet(ModelMixin, ConfigMixin):
             x = level(x, condition, skips)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return UNetOutput(sample=x) if return_dict else (x,)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries, keys and values `B heads T D/heads` -> the same shape and type. On a CPU it is computed in float32: the
+    backward pass of the bfloat16 kernel there takes several times as long for the few tokens of a bottleneck."""
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.unet import LatentUNet, TransformerBlock, TransformerBottleneck
+from pipeline.unet import LatentUNet, TransformerBlock, TransformerBottleneck, _attention
 
 CLASSES = 3
 
@@ -87,6 +87,16 @@ def test_attention_is_that_of_torch() -> None:
         reference.out_proj.bias.copy_(block.project.bias)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(block._attend(x), reference(x, x, x)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_that_in_float32_rounded_at_its_end(autocast: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        attended = _attention(q, k, v)
+    weights = (q.double() @ k.double().mT / 8**0.5).softmax(dim=-1)
+    assert attended.dtype == torch.bfloat16
+    assert torch.allclose(attended.double(), weights @ v.double(), rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("bottleneck", ["transformer", "resnet"])
