@@ -221,7 +221,7 @@ def _latents(config: Config) -> tuple[Tensor, Tensor]:
     """The normalised means of all images of the cache, and their labels."""
     cache = LatentCache(config.cache.path)
     means = torch.from_numpy(cache.read(np.arange(len(cache))))[:, 0, : cache.manifest.latent_channels].float()
-    return normalization_of(config, cache.manifest).normalize(means), torch.from_numpy(cache.labels)
+    return normalization_of(config, cache.manifest, None).normalize(means), torch.from_numpy(cache.labels)
 
 
 def _bare_step(model: nn.Module, config: Config, latents: Tensor, labels: Tensor) -> Step:

@@ -62,7 +62,8 @@ class LatentLoader:
     """Reads batch number `step` of a cache for process `rank` of `world_size`.
 
     `access` is where batches come from: `resident` on the device, in `memory`, `mapped` from disk, or `streamed` from
-    disk window by window, in an order of its own. `auto` takes the first of them for which there is room.
+    disk window by window, in an order of its own. `auto` takes the first of them for which there is room, and with
+    `streamed` one that has the order of a run that was streamed, or was not.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LatentLoader:
         world_size: int,
         device: torch.device,
         access: str = "auto",
+        streamed: bool | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"train.batch_size = {batch_size} is no multiple of the {world_size} processes")
@@ -82,7 +84,7 @@ class LatentLoader:
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.labels = torch.from_numpy(cache.labels).to(device)
         self.size = cache.manifest.committed * cache.manifest.row_bytes
-        self.access = _choose(self.size, device, world_size) if access == "auto" else access
+        self.access = _choose(self.size, device, world_size, streamed) if access == "auto" else access
         held = {"resident": device, "memory": torch.device("cpu")}.get(self.access)
         self._moments = None if held is None else self._load(held)
         self._batches = _Ahead(self._read)
@@ -119,19 +121,20 @@ class LatentLoader:
 
     def _read(self, step: int) -> LatentBatch:
         indices = self.indices(step)
-        if self._moments is not None and self._moments.device.type == "cpu":  # where numpy's gather is the quicker one
-            moments = torch.from_numpy(self._moments.numpy().take(indices, axis=0))
-        elif self._moments is not None:
-            moments = self._moments[torch.from_numpy(indices).to(self.device)]
+        places = _sent(indices, self.device)
+        if self._moments is not None and self._moments.device.type != "cpu":
+            moments = self._moments[places]
+        elif self._moments is not None:  # numpy's gather is the quicker one
+            moments = _sent(self._moments.numpy().take(indices, axis=0), self.device)
         elif self.access == "streamed":
             stretch, place = divmod(step, self._stretch_steps)
-            moments = self._stretches.get(stretch)[place * len(indices) : (place + 1) * len(indices)]
+            rows = slice(place * len(indices), (place + 1) * len(indices))
+            moments = _sent(self._stretches.get(stretch)[rows], self.device)
         else:
-            moments = torch.from_numpy(self.cache.read(indices))
-        on_device = torch.from_numpy(indices).to(self.device)
-        return LatentBatch(indices, moments.to(self.device), self.labels[on_device])
+            moments = _sent(self.cache.read(indices), self.device)
+        return LatentBatch(indices, moments, self.labels[places])
 
-    def _read_stretch(self, number: int) -> Tensor:
+    def _read_stretch(self, number: int) -> NDArray[np.floating]:
         """This process's moments of the next steps, in their order; read from disk in the order in which they lie."""
         first = number * self._stretch_steps
         indices = np.concatenate([self.indices(step) for step in range(first, first + self._stretch_steps)])
@@ -140,7 +143,7 @@ class LatentLoader:
         for start in range(0, len(indices), _SLICE):
             part = lying[start : start + _SLICE]
             moments[part] = self.cache.read(indices[part])
-        return torch.from_numpy(moments)
+        return moments
 
     def _load(self, device: torch.device) -> Tensor:
         """All moments on a device, copied slice by slice."""
@@ -166,8 +169,16 @@ class _Ahead(Generic[Item]):
         return self._items[number].result()
 
 
-def _choose(size: int, device: torch.device, world_size: int) -> str:
+def _sent(array: NDArray, device: torch.device) -> Tensor:
+    """A copy on the device. A GPU fetches it from pinned memory when it comes to that, and nobody waits for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _choose(size: int, device: torch.device, world_size: int, streamed: bool | None) -> str:
     """The first way of reading `size` bytes for which there is room: half of what is free, for each process."""
+    if streamed:
+        return "streamed"
     host = psutil.virtual_memory()
     if device.type == "cuda":
         if size <= torch.cuda.mem_get_info(device)[0] / 2:
@@ -177,4 +188,5 @@ def _choose(size: int, device: torch.device, world_size: int) -> str:
         here = "resident"
     if size * world_size <= host.available / 2:
         return here
-    return "mapped" if size <= host.total else "streamed"  # pages of a larger cache would not stay in memory
+    # pages of a larger cache would not stay in memory
+    return "mapped" if size <= host.total or streamed is False else "streamed"

@@ -1,7 +1,8 @@
 """Every write, flush, rename, delete and lock of the project: nothing is readable under its final name before it is
 complete.
 
-A crash or a full disk at any operation leaves what was there before; the next run overwrites what was left staged.
+A crash or a full disk at any operation leaves what was there before; what was left staged is overwritten by the next
+run, or swept away.
 """
 
 from __future__ import annotations
@@ -68,6 +69,12 @@ def staged_folder(path: Path) -> Iterator[Path]:
     finally:
         remove(staged)  # gone already, unless the block or the disk failed
     _sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what crashes have left staged in `folder`, to which nobody may be writing."""
+    for left in folder.glob(f"{_STAGED}*"):
+        remove(left)
 
 
 def append_line(path: Path, line: str) -> None:

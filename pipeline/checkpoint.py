@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from data.storage import publish_json, remove, sha256_file, staged_folder
+from data.storage import publish_json, remove, sha256_file, staged_folder, sweep
 from pipeline.ema import Average
 from pipeline.objective import Objective
 from pipeline.unet import LatentUNet
@@ -136,6 +136,12 @@ def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Ten
     """Publish `tensors`, an average of the model of `source`, as the one file of a checkpoint in `folder`."""
     model = LatentUNet.from_config(source.model_config())
     _publish(folder, model, {f"{EMA[0]}/{WEIGHTS}": tensors}, state, True)
+
+
+def sweep_checkpoints(run: Path) -> None:
+    """Delete what was left of those that could not be finished; called before anything is saved."""
+    for kind in (CHECKPOINTS, AVERAGES):
+        sweep(run / kind)
 
 
 def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, batch_size: int) -> None:

@@ -95,7 +95,7 @@ def draw_latents(moments: Tensor, draws: Draws, channels: int) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The model and its loss: the one module that is called in a step, and so wrapped for many processes and compiled.
+    """The model and its loss: the one module that is called in a step, and so wrapped for many processes.
 
     `weighting` is plain; min_snr (`NoiseProcess.min_snr`); or learned: error / exp(u) + u, where u learns the logarithm
     of the error at each timestep, so that all of them weigh alike (Kendall et al. 2018; Karras et al. 2024, "Analyzing
@@ -122,6 +122,7 @@ class Objective(nn.Module):
         if self.weighting == "min_snr":
             return errors * self.noise.min_snr(times)
         if self.uncertainty is not None:
-            logarithm = self.uncertainty(timestep_embedding(times, _FEATURES)).flatten().float()
+            with torch.autocast(times.device.type, enabled=False):  # which would round the weights of the loss
+                logarithm = self.uncertainty(timestep_embedding(times, _FEATURES)).flatten()
             return errors * (-logarithm).exp() + logarithm
         return errors

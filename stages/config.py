@@ -24,6 +24,8 @@ from pydantic import (
 
 from pipeline.pairs import check_noise, check_sampler, check_weighting, check_width
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -35,7 +37,7 @@ class Data(Section):
     source: str = "solids"
     image_size: PositiveInt = 64
     count: PositiveInt = 6_000  # of solids; a folder has as many as it has
-    seed: NonNegativeInt = 0  # of solids
+    seed: Seed = 0  # of solids
     matte: str = Field("white", pattern="^([a-z]+|#[0-9a-fA-F]{6})$")  # colour behind transparent images
 
 
@@ -111,7 +113,7 @@ class Train(Section):
     ema: Literal["exponential", "power"] = "exponential"
     ema_halflife: PositiveInt = 2_000  # exponential
     ema_widths: tuple[float, float] = (0.05, 0.10)  # power: standard deviations, as shares of the run
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     log_every: PositiveInt = 800
     preview_every: PositiveInt = 10_000
     checkpoint_every: PositiveInt = 10_000
@@ -144,7 +146,7 @@ class Sample(Section):
     guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
     per_class: PositiveInt = 10
     classes: tuple[str, ...] = ()  # names or numbers; none means all
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     batch_size: PositiveInt = 50
 
 

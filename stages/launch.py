@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from stages.device import pick_device
 
@@ -28,7 +29,8 @@ def connect(precision: str) -> Accelerator:
     they are copies that know nothing of each other, or when this device cannot compute in `precision`."""
     if precision == "auto":
         precision = "bf16" if _computes_bf16(pick_device()) else "fp32"
-    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for float32 on GPUs that have it, as cuDNN's convolutions do
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[parallel])
     for name in _COPIES:
         if int(os.environ.get(name) or 1) > accelerator.num_processes:
@@ -74,8 +76,8 @@ def _precision(accelerator: Accelerator) -> str:
 def _check_fsdp(plugin: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError("fsdp_version: 1 in accelerate's config file: use 2, as in configs/accelerate/fsdp.yaml")
-    # by itself it would also cast latents, timesteps and gradients: autocast decides, as it does without FSDP
-    plugin.set_mixed_precision(torch.float32, override=True)
+    # by itself it would cast what goes into and out of every block: autocast decides, as it does without FSDP
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _computes_bf16(device: torch.device) -> bool:
@@ -121,7 +123,7 @@ def in_background(work: Callable[[], None]) -> Future[None]:
     def run() -> None:
         try:
             work()
-        except (OSError, ValueError) as error:
+        except BaseException as error:  # of whatever kind: whoever waits for the future is to have it
             future.set_exception(error)
         else:
             future.set_result(None)

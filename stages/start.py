@@ -37,8 +37,11 @@ def build_model(config: Config, manifest: Manifest) -> LatentUNet:
     return model
 
 
-def normalization_of(config: Config, manifest: Manifest) -> Normalization:
-    """How this run's latents are brought to about zero mean and unit variance."""
+def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> Normalization:
+    """How this run's latents are brought to about zero mean and unit variance; a run that was fine-tuned keeps to what
+    it began with, which is in its `checkpoint`."""
+    if config.train.init and checkpoint:
+        return Normalization(**checkpoint.state["normalization"])
     if config.train.normalization == "cache":
         return Normalization(manifest.mean, manifest.std)
     channels = manifest.latent_channels
@@ -75,7 +78,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) 
         *((f"noise.{name}", state["noise"][name], value) for name, value in config.noise.model_dump().items()),
         ("classes", state["classes"], list(manifest.classes)),
         ("data fingerprint", state["data_fingerprint"], manifest.data_fingerprint),
-        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest))),
+        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest, checkpoint))),
         ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
         ("data.image_size", state["image_size"], manifest.image_size),
         ("train.batch_size", state["batch_size"], train.batch_size),
@@ -94,8 +97,9 @@ def ema_widths(config: Config) -> list[float]:
     return list(config.train.ema_widths) if config.train.ema == "power" else []
 
 
-def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> str:
-    """Load the averaged weights of `train.init`, a run or a checkpoint, into `model`; what was done, in one line.
+def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[Normalization, str]:
+    """Load the averaged weights of `train.init`, a run or a checkpoint, into `model`; the normalisation of the latents
+    that they know, and what was done, in one line.
 
     Another list of classes has a new table of classes, but for the null class. ValueError where the model, the noise
     process or the VAE differ.
@@ -121,14 +125,15 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> str:
     for name, old, new in pairs:
         if old != new:
             raise ValueError(f"train.init: {checkpoint.path}: its {name} is {old}, this run has {new}")
-    weights, line = checkpoint.ema_weights(), f"beginning with the averaged weights of {checkpoint.path}"
+    weights, line = checkpoint.ema_weights(), f"beginning with averaged weights and normalisation of {checkpoint.path}"
     if state["classes"] != list(manifest.classes):
         table = model.classes.weight.detach().clone()
         table[-1] = weights["classes.weight"][-1]
         weights["classes.weight"] = table
         line += f"; {len(manifest.classes)} classes, not its {len(state['classes'])}: their table is new"
     model.load_state_dict(weights)
-    return "".join(f"passed over {each}\n" for each in passed_over) + line
+    said = "".join(f"passed over {each}\n" for each in passed_over) + line
+    return Normalization(**state["normalization"]), said
 
 
 def with_batch_size(
@@ -164,8 +169,11 @@ def with_batch_size(
     return _with_train(config, batch_size=size)
 
 
-def open_loader(config: Config, cache: LatentCache, accelerator: Accelerator) -> LatentLoader:
-    """This process's share of the batches of a run; config.train.batch_size is a number.
+def open_loader(
+    config: Config, cache: LatentCache, accelerator: Accelerator, checkpoint: Checkpoint | None
+) -> LatentLoader:
+    """This process's share of the batches of a run, which goes on in the order of its `checkpoint`, if it has one;
+    config.train.batch_size is a number.
 
     ValueError where the batch cannot be dealt out evenly, or where some processes hold the cache and others stream it.
     """
@@ -185,6 +193,7 @@ def open_loader(config: Config, cache: LatentCache, accelerator: Accelerator) ->
         world_size=accelerator.num_processes,
         device=accelerator.device,
         access=train.access,
+        streamed=checkpoint.state["streamed"] if checkpoint else None,
     )
     streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=accelerator.device))
     if streamed.any() != streamed.all():  # two orders of images in one run

@@ -25,6 +25,7 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_averages,
     save_checkpoint,
+    sweep_checkpoints,
 )
 from pipeline.cost import Cost
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
@@ -95,8 +96,8 @@ class Trainer:
         if self.main:  # which alone draws previews
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
-        self.normalization = normalization_of(config, self.manifest)
-        self.loader = open_loader(config, cache, accelerator)
+        self.normalization = normalization_of(config, self.manifest, checkpoint)
+        self.loader = open_loader(config, cache, accelerator, checkpoint)
         self.noise = NoiseProcess(**config.noise.model_dump())
         model = build_model(config, self.manifest)
         self.window = Window(accelerator, Cost.of(model).flops)
@@ -105,7 +106,8 @@ class Trainer:
             f" batches of {self.batch_size} on {describe(accelerator)}"
         )
         if config.train.init and not checkpoint:
-            accelerator.print(f"train: {begin_with(model, config, self.manifest)}")
+            self.normalization, line = begin_with(model, config, self.manifest)
+            accelerator.print(f"train: {line}")
         self._prepare(model)
         self.guard = FiniteGuard(self.device, deferred=self._can_defer())
         self.step = 0
@@ -125,6 +127,7 @@ class Trainer:
         settings = self.config.train
         if self.main:
             publish(self.run / "config.yaml", dump_config(self.config).encode())
+            sweep_checkpoints(self.run)
             begin_log(self.run, self.images_seen)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
@@ -136,11 +139,12 @@ class Trainer:
                 self._update()
                 if self._due(before, settings.log_every):
                     self._log(tracker)
-                with self.window.paused():
-                    if self._due(before, settings.preview_every):
+                drawing, saving = (self._due(before, n) for n in (settings.preview_every, settings.checkpoint_every))
+                with self.window.paused() if drawing or saving else contextlib.nullcontext():
+                    if drawing:
                         self._preview()
-                    if saving := self._due(before, settings.checkpoint_every):
-                        self._save(scheduled=True)  # last: once it is there, a rerun does not come back to this step
+                    if saving:  # last: once it is there, a rerun does not come back to this step
+                        self._save(scheduled=True)
                 if (number := preemption.agreed()) and self.images_seen < settings.images:
                     self._leave(number, saved=saving)
         self.accelerator.wait_for_everyone()
@@ -366,6 +370,7 @@ class Trainer:
         else:
             if not saved:
                 self._save(scheduled=False)
+            self.accelerator.wait_for_everyone()  # torchrun kills all when one has gone, and one is still writing
             self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
         raise SystemExit(128 + number)
 

@@ -54,6 +54,8 @@ class Window:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """A block that does not count in images/s: checkpoints and previews."""
+        if self._accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps that it is still at do count
         started = time.monotonic()
         yield
         self._started += time.monotonic() - started

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def test_fine_tuning_begins_with_the_average_of_another_run(world: World, tmp_pa
         "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5",
         "model.dropout=0",
     )  # fmt: skip
-    assert f"beginning with the averaged weights of {world.run / 'checkpoints' / '000000048'}" in printed
+    assert f"beginning with averaged weights and normalisation of {world.run / 'checkpoints' / '000000048'}" in printed
     assert "table" not in printed
     expected = weights_of(world.run, 48)
     assert all(torch.allclose(value, expected[name], atol=1e-9) for name, value in weights_of(tmp_path, 4).items())
@@ -40,6 +42,23 @@ def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weight
     assert not torch.allclose(ours[table][0], theirs[table][0], atol=1e-3)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-9) for name in ours if name != table)
     succeed("sample", world.config, tmp_path / "run", *overrides)
+
+
+def test_fine_tuning_keeps_the_normalisation_that_its_weights_know(world: World, tmp_path: Path) -> None:
+    """The latents of other images have another mean; the model has learnt what the first ones mean."""
+    make_images(tmp_path / "images", (*CLASSES, "owl"))
+    overrides = (f"data.source={tmp_path / 'images'}", f"cache.path={tmp_path / 'cache'}", f"train.init={world.run}")
+    succeed("encode", world.config, tmp_path, *overrides)
+    expected = state_of(world.run, 48)["normalization"]
+    for images in (16, 24):  # the second time it goes on
+        succeed("train", world.config, tmp_path / "run", *overrides, f"train.images={images}")
+        assert state_of(tmp_path / "run", images)["normalization"] == expected
+    succeed("train", world.config, tmp_path / "anew", *overrides[:2], "train.images=16")
+    assert state_of(tmp_path / "anew", 16)["normalization"] != expected
+
+
+def state_of(run: Path, images: int) -> dict[str, Any]:
+    return json.loads((run / "checkpoints" / f"{images:09d}" / "state.json").read_text(encoding="utf-8"))
 
 
 def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_path: Path) -> None:

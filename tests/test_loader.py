@@ -131,6 +131,18 @@ def test_latents_are_held_where_there_is_room_and_it_is_said(
     assert said in batches.describe()
 
 
+@pytest.mark.parametrize(
+    ("streamed", "room", "access"),
+    [(True, 2**40, "streamed"), (False, 0, "mapped"), (False, 2**40, "resident"), (None, 0, "streamed")],
+)
+def test_a_run_keeps_its_order_on_a_machine_with_other_memory(
+    cache: LatentCache, monkeypatch: pytest.MonkeyPatch, streamed: bool | None, room: int, access: str
+) -> None:
+    memory = psutil.virtual_memory()._replace(available=room, total=room)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert make_loader(cache, streamed=streamed).access == access
+
+
 def test_an_error_of_reading_ahead_is_raised_when_its_batch_is_asked_for(
     cache: LatentCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,16 @@ def test_learned_weighting_begins_as_the_plain_loss_and_finds_the_error_of_each_
     assert objective(*arguments)[0].item() == pytest.approx(expected.item(), abs=0.02)
 
 
+def test_learned_weighting_is_not_rounded_by_autocast() -> None:
+    objective = Objective(build(), FLOW, "learned")
+    assert objective.uncertainty is not None
+    scramble(objective.uncertainty)
+    errors, times = torch.full((8,), 0.7), torch.linspace(0, 1000, 8)
+    expected = objective._weigh(errors, times)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective._weigh(errors, times), expected)
+
+
 SCHEDULES = ("constant", "cosine", "trapezoid", "inverse_sqrt")
 
 

@@ -20,7 +20,7 @@ from data.loader import LatentLoader
 from pipeline.checkpoint import checkpoint_folders
 from pipeline.unet import LatentUNet
 from stages.config import Config, load_config
-from stages.launch import _check_fsdp, connect
+from stages.launch import _check_fsdp, connect, in_background
 from stages.train import Trainer, train
 from tests.small_world import World, log_of, make_vae, run_stage, succeed, tree, weights_of
 from tests.test_checkpoint import flip_a_byte, lose_the_state
@@ -117,6 +117,16 @@ def test_a_longer_run_continues_a_finished_one(world: World, tmp_path: Path) -> 
     assert [line["images_seen"] for line in log_of(run)] == [8, 16, 24]
 
 
+def test_what_a_killed_save_left_behind_is_swept_away(world: World, tmp_path: Path) -> None:
+    """That of a save on a signal is not overwritten by a later one, whose name is another."""
+    for kind in ("checkpoints", "averages"):
+        (tmp_path / kind / ".staged-000000007" / "ema").mkdir(parents=True)
+        (tmp_path / kind / ".staged-000000007" / "ema" / "half.safetensors").write_bytes(b"half")
+    succeed("train", world.config, tmp_path, "train.images=16")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000016"]
+    assert not list((tmp_path / "averages").iterdir())
+
+
 def test_a_log_line_that_a_crash_cut_off_is_dropped(world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
     succeed("train", world.config, run, "train.images=16")
@@ -124,6 +134,20 @@ def test_a_log_line_that_a_crash_cut_off_is_dropped(world: World, tmp_path: Path
         log.write('{"step": 5, "lo')
     succeed("train", world.config, run, "train.images=24")
     assert [line["images_seen"] for line in log_of(run)] == [8, 16, 24]
+
+
+def test_a_streamed_run_goes_on_in_its_order_where_there_is_room_for_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader.WINDOW_ROWS", 20)
+    steady = "train.decay=0"  # or the learning rate would depend on the end that is planned
+    succeed("train", world.config, tmp_path / "straight", steady, "train.access=streamed")
+    succeed("train", world.config, tmp_path / "broken", steady, "train.access=streamed", "train.images=16")
+    succeed("train", world.config, tmp_path / "broken", steady)
+    assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
+    result = run_stage("train", world.config, tmp_path / "broken", "train.images=96", "train.access=resident")
+    assert result.exit_code == 2
+    assert "began in another order of images: give train.access=streamed" in result.stderr
 
 
 def change_the_vae(root: Path) -> tuple[str, ...]:
@@ -369,6 +393,15 @@ def test_a_signal_while_the_cache_is_still_verified_saves_nothing_and_waits_for_
     verified.set()
 
 
+@pytest.mark.parametrize("kind", [OSError, ValueError, MemoryError])
+def test_whoever_waits_for_work_in_the_background_has_its_error(kind: type[Exception]) -> None:
+    def fail() -> None:
+        raise kind("in the background")
+
+    with pytest.raises(kind, match="in the background"):
+        in_background(fail).result(timeout=10)
+
+
 def test_machines_that_would_read_in_different_orders_are_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,12 +429,13 @@ def test_a_device_without_memory_for_a_batch_is_told_of_ways_out(
 
 
 def test_fsdp_leaves_precision_to_autocast_and_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself it would cast the timesteps to bfloat16, in which 999 is 1000."""
+    """By itself it would cast the timesteps to bfloat16, in which 999 is 1000; and with float32 given, all that goes
+    into and out of the blocks to float32."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     _check_fsdp(plugin)
     policy = plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.float32,) * 3
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (None,) * 3
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="among GPUs, and there is none"):
         connect("fp32")
