@@ -1,4 +1,4 @@
-"""`python -m stages` in which each file of tensors takes a second to write."""
+"""`python -m stages` in which each file of tensors takes half a second to write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAVE_FILE = checkpoint.save_file
 
 
 def slow(tensors: dict[str, Tensor], file: Path) -> None:
-    time.sleep(1)
+    time.sleep(0.5)
     SAVE_FILE(tensors, file)
 
 

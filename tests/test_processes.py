@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,44 +112,35 @@ def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
-    world: World, alone: Path, tmp_path: Path
-) -> None:
-    for lines in (3, 8):  # before the first checkpoint, and between two of them
+def test_a_run_that_is_killed_and_signalled_ends_as_one_that_was_not(world: World, alone: Path, tmp_path: Path) -> None:
+    for lines in (3, 7):  # before the first checkpoint, and between two of them
         kill(start(world, tmp_path, 1), tmp_path, lines)
-    assert "continuing" in finish(start(world, tmp_path, 1))
-    assert_same(tmp_path, alone)
-
-
-def test_a_run_of_two_processes_that_is_killed_ends_as_one_that_was_not(
-    world: World, pair: Path, tmp_path: Path
-) -> None:
-    kill(start(world, tmp_path, 2), tmp_path, 8)
-    assert "continuing" in finish(start(world, tmp_path, 2))
-    assert_same(tmp_path, pair)
-
-
-def test_a_signal_saves_and_has_an_exit_code_of_its_own(world: World, alone: Path, tmp_path: Path) -> None:
-    for number, lines in ((signal.SIGTERM, 7), (signal.SIGUSR1, 12)):
+    for number, lines in ((signal.SIGTERM, 9), (signal.SIGUSR1, 12)):
         process = start(world, tmp_path, 1)
         with after_lines(process, tmp_path, lines):
             process.send_signal(number)
             printed = finish(process, 128 + number)
         assert f"{number.name}: saved at " in printed
-    newest = max(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    newest = int(checkpoint_folders(tmp_path)[-1].name)
     assert newest >= 240
-    assert f"at {newest:,} images" in finish(start(world, tmp_path, 1))
+    assert f"continuing {tmp_path} at {newest:,} images" in finish(start(world, tmp_path, 1))
     assert_same(tmp_path, alone)
 
 
-def test_a_signal_to_one_of_two_processes_or_to_their_launcher_saves_both(
+def test_two_processes_that_are_killed_and_signalled_end_as_those_that_were_not(
     world: World, pair: Path, tmp_path: Path
 ) -> None:
-    process = start(world, tmp_path, 2)
-    with after_lines(process, tmp_path, 7):
-        worker(process, 1).send_signal(signal.SIGUSR1)
+    """A signal reaches one of them or their launcher. It kills those that are left, soon after one has gone, so none
+    goes while another is still saving."""
+    kill(start(world, tmp_path, 2), tmp_path, 7)
+    process = start(world, tmp_path, 2, module="tests.slow_disk")
+    with after_lines(process, tmp_path, 9):
+        second = worker(process, 1)
+        second.send_signal(signal.SIGUSR1)
+        second.wait(timeout=60)
+        newest = int(checkpoint_folders(tmp_path)[-1].name)
         printed, _ = process.communicate(timeout=120)
-    assert "SIGUSR1: saved at " in printed
+    assert f"SIGUSR1: saved at {newest} images" in printed
     assert process.returncode != 0
     process = start(world, tmp_path, 2)
     with after_lines(process, tmp_path, 12):
@@ -159,28 +151,19 @@ def test_a_signal_to_one_of_two_processes_or_to_their_launcher_saves_both(
     assert_same(tmp_path, pair)
 
 
-def test_no_process_leaves_on_a_signal_while_another_is_still_saving(world: World, tmp_path: Path) -> None:
-    """A launcher kills those that are left, soon after the first has gone."""
-    overrides = ("train.images=100_000", "train.checkpoint_every=100_000", "train.preview_every=100_000")
-    process = start(world, tmp_path, 2, overrides, module="tests.slow_disk")
-    with after_lines(process, tmp_path, 1):
-        second = worker(process, 1)
-        second.send_signal(signal.SIGUSR1)
-        second.wait(timeout=60)
-        assert len(checkpoint_folders(tmp_path)) == 1
-    process.communicate(timeout=60)
-
-
 def test_two_processes_become_one_that_goes_on_at_the_same_place_and_rate(
     world: World, alone: Path, pair: Path, tmp_path: Path
 ) -> None:
-    kill(start(world, tmp_path, 2), tmp_path, 8)
-    printed = finish(start(world, tmp_path, 1))
+    run = tmp_path / "run"
+    shutil.copytree(pair, run)
+    shutil.rmtree(checkpoint_folders(run)[-1])
+    printed = succeed("train", world.config, run, *LONG)
+    assert f"continuing {run} at 300 images" in printed
     assert "processes 1 instead of 2" in printed
     assert "bits may differ" in printed
-    rates = [[(line["images_seen"], line["lr"]) for line in log_of(run)] for run in (tmp_path, alone, pair)]
+    rates = [[(line["images_seen"], line["lr"]) for line in log_of(each)] for each in (run, alone, pair)]
     assert rates[0] == rates[1] == rates[2]
-    assert tree(tmp_path / "checkpoints") != tree(pair / "checkpoints")
+    assert tree(run / "checkpoints") != tree(pair / "checkpoints")
 
 
 def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(world: World) -> None:
