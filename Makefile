@@ -1,6 +1,6 @@
 # Four stages: encode, train, sample, decode. Each first does what it depends on, and nothing where all is done.
 CONFIG ?= configs/solids.yaml
-NPROC  ?= $(if $(GPU),$(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"),1)
+NPROC  ?= $(if $(GPU),$(GPUS),1)
 SET    ?=
 RUN    ?=
 PYTHON ?= python3
@@ -8,7 +8,9 @@ PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
 ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)') $(if $(RUN),--run $(RUN))
-GPU     = $(shell command -v nvidia-smi)
+GPU    := $(shell command -v nvidia-smi)
+# counted when it is first asked for, by when .venv is there, and once
+GPUS    = $(eval GPUS := $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))$(GPUS)
 THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m -- stages
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -39,7 +38,8 @@ class Window:
 
     def add(self, loss: Tensor, norm: Tensor, errors: Tensor, times: Tensor) -> None:
         """The loss and gradient norm of a step, and the errors `B` of its images at their timesteps `B`."""
-        levels = F.one_hot((times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1), LEVELS).float()
+        level = (times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1)
+        levels = (level[:, None] == torch.arange(LEVELS, device=times.device)).float()  # F.one_hot would wait
         self._sums += torch.cat([torch.stack([loss, norm]), errors @ levels, levels.sum(dim=0)])
         self._steps += 1
         self._timed += 1

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
@@ -218,6 +219,44 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update_and_names_t
     assert "at 16 images" in succeed("train", world.config, run)
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
     assert log_of(run) == log_of(world.run)
+
+
+class Asking(TorchDispatchMode):
+    """Names the operations whose result decides what the host does next, so that it waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.ema=power", "train.weighting=learned", "train.accumulate=2"),
+        ("noise.schedule=cosine", "noise.prediction=v", "sample.scheduler=ddpm", "train.weighting=min_snr"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_no_step_asks_the_device_for_a_value(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], deferred: bool
+) -> None:
+    """As AdamW trains on a GPU; on a CPU, each step asks whether its gradient is finite."""
+    update, asking = Trainer._update, Asking()
+
+    def watched(self: Trainer) -> None:
+        with asking:
+            update(self)
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(Trainer, "_can_defer", lambda self: deferred)
+    succeed("train", world.config, tmp_path, "train.images=16", *overrides)
+    assert asking.found == [] if deferred else asking.found == ["_local_scalar_dense"] * 4
 
 
 # Other ways to train.
