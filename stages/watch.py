@@ -142,8 +142,9 @@ def draw_curves(run: Path) -> None:
     if not lines:
         return
     seen = [line["images_seen"] for line in lines]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(12, 7))
+    margins = {"left": 0.05, "right": 0.91, "bottom": 0.07, "top": 0.91, "wspace": 0.14, "hspace": 0.3}
+    axes = figure.subplots(2, 2, gridspec_kw=margins)  # a layout found by matplotlib takes as long as the drawing
     by_noise = axes[0][1]
     for level in range(LEVELS):
         values = [line["loss_by_noise"][level] for line in lines]  # None where no image fell into it: a gap
