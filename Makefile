@@ -54,7 +54,7 @@ vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-f
 	$(BIN)/latentmill vae $(PHOTOS)
 
 test: $(READY)  ## the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .

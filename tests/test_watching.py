@@ -133,7 +133,7 @@ def test_a_server_that_does_not_answer_does_not_disturb_a_run_which_keeps_its_id
         "WANDB_API_KEY": key,
         "HOME": str(tmp_path),
     }
-    code = "import stages.tracker, stages.cli; stages.tracker.WAIT = 1; stages.cli.main()"
+    code = "import stages.tracker, stages.cli; stages.tracker.WAIT = 3; stages.cli.main()"
     command = [sys.executable, "-c", code, "train", "--config", str(world.config), "--run", str(tmp_path / "run")]
     for images, mode in ((16, "online"), (48, "offline")):  # the second time a run that goes on
         done = subprocess.run(
