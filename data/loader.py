@@ -172,7 +172,10 @@ class _Ahead(Generic[Item]):
 def _sent(array: NDArray, device: torch.device) -> Tensor:
     """A copy on the device. A GPU fetches it from pinned memory when it comes to that, and nobody waits for it."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with torch.cuda.device(device):  # a thread begins on the first one, and would take memory of it
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _choose(size: int, device: torch.device, world_size: int, streamed: bool | None) -> str:

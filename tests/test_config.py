@@ -63,6 +63,7 @@ def test_numbers_may_have_underscores_and_words_stay_words(tmp_path: Path) -> No
         ("train.lr=.nan", ("train.lr", "nan")),
         ("train.batch_size=0", ("train.batch_size", "0")),
         ("train.batch_size=1.5", ("train.batch_size", "1.5")),
+        ("train.seed=9223372036854775808", ("train.seed", "9223372036854775808")),
         ("train.label_dropout=1.5", ("train.label_dropout", "1.5")),
         ("model.channels=[8,0]", ("model.channels.1", "0")),
         ("model.channels=[]", ("model.channels", "[]")),
