@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from data.storage import publish_json, remove, sha256_file, staged_folder, sweep
+from data.storage import publish_json, remove, sha256_file, staged_folder
 from pipeline.ema import Average
-from pipeline.objective import Objective
+from pipeline.objective import Normalization, Objective
 from pipeline.unet import LatentUNet
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
@@ -49,6 +49,11 @@ class Checkpoint:
     def resumable(self) -> bool:
         """Whether training can go on from here: a folder that `latentmill ema` made has no more than an average."""
         return _MODEL in self.state["sha256"]
+
+    @property
+    def normalization(self) -> Normalization:
+        """Of the latents that the model knows."""
+        return Normalization(**self.state["normalization"])
 
     def ema_weights(self, name: str = EMA[0]) -> dict[str, Tensor]:
         return load_file(self.path / name / WEIGHTS)
@@ -136,12 +141,6 @@ def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Ten
     """Publish `tensors`, an average of the model of `source`, as the one file of a checkpoint in `folder`."""
     model = LatentUNet.from_config(source.model_config())
     _publish(folder, model, {f"{EMA[0]}/{WEIGHTS}": tensors}, state, True)
-
-
-def sweep_checkpoints(run: Path) -> None:
-    """Delete what was left of those that could not be finished; called before anything is saved."""
-    for kind in (CHECKPOINTS, AVERAGES):
-        sweep(run / kind)
 
 
 def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, batch_size: int) -> None:

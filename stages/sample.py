@@ -21,7 +21,6 @@ from data.storage import publish_json
 from data.writer import CacheWriter
 from pipeline.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.noise import NoiseProcess
-from pipeline.objective import Normalization
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from stages.config import Config, Sample
 from stages.device import pick_device
@@ -117,7 +116,7 @@ def _draw_batch(
         generators=image_generators(settings.seed, list(batch)),
         device=device,
     )
-    return Normalization(**checkpoint.state["normalization"]).denormalize(latents)
+    return checkpoint.normalization.denormalize(latents)
 
 
 def _batches(rows: range, size: int) -> Iterator[range]:

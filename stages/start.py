@@ -41,7 +41,7 @@ def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint 
     """How this run's latents are brought to about zero mean and unit variance; a run that was fine-tuned keeps to what
     it began with, which is in its `checkpoint`."""
     if config.train.init and checkpoint:
-        return Normalization(**checkpoint.state["normalization"])
+        return checkpoint.normalization
     if config.train.normalization == "cache":
         return Normalization(manifest.mean, manifest.std)
     channels = manifest.latent_channels
@@ -133,7 +133,7 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[N
         line += f"; {len(manifest.classes)} classes, not its {len(state['classes'])}: their table is new"
     model.load_state_dict(weights)
     said = "".join(f"passed over {each}\n" for each in passed_over) + line
-    return Normalization(**state["normalization"]), said
+    return checkpoint.normalization, said
 
 
 def with_batch_size(

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from data.cache import LatentCache
 from data.manifest import Manifest
-from data.storage import claim, probe, publish
+from data.storage import claim, probe, publish, sweep
 from pipeline.checkpoint import (
+    AVERAGES,
+    CHECKPOINTS,
     EMA,
     Checkpoint,
     full,
@@ -25,7 +27,6 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_averages,
     save_checkpoint,
-    sweep_checkpoints,
 )
 from pipeline.cost import Cost
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
@@ -127,7 +128,8 @@ class Trainer:
         settings = self.config.train
         if self.main:
             publish(self.run / "config.yaml", dump_config(self.config).encode())
-            sweep_checkpoints(self.run)
+            for kind in (CHECKPOINTS, AVERAGES):
+                sweep(self.run / kind)
             begin_log(self.run, self.images_seen)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)

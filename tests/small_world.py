@@ -119,3 +119,8 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 def weights_of(run: Path, images: int) -> dict[str, torch.Tensor]:
     """Of the average of a checkpoint, by name."""
     return load_file(run / "checkpoints" / f"{images:09d}" / "ema" / "diffusion_pytorch_model.safetensors")
+
+
+def state_of(run: Path, images: int) -> dict[str, Any]:
+    """What state.json of a checkpoint says."""
+    return json.loads((run / "checkpoints" / f"{images:09d}" / "state.json").read_text(encoding="utf-8"))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from stages.cli import main
-from tests.small_world import CLASSES, World, make_images, run_stage, succeed, tree, weights_of
+from tests.small_world import CLASSES, World, make_images, run_stage, state_of, succeed, tree, weights_of
 from tests.test_checkpoint import flip_a_byte
 
 
@@ -55,10 +53,6 @@ def test_fine_tuning_keeps_the_normalisation_that_its_weights_know(world: World,
         assert state_of(tmp_path / "run", images)["normalization"] == expected
     succeed("train", world.config, tmp_path / "anew", *overrides[:2], "train.images=16")
     assert state_of(tmp_path / "anew", 16)["normalization"] != expected
-
-
-def state_of(run: Path, images: int) -> dict[str, Any]:
-    return json.loads((run / "checkpoints" / f"{images:09d}" / "state.json").read_text(encoding="utf-8"))
 
 
 def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from pipeline.unet import LatentUNet
 from stages.config import load_config
 from stages.launch import _check_fsdp, connect
 from stages.train import Trainer, train
-from tests.small_world import World, log_of, run_stage, succeed, tree, weights_of
+from tests.small_world import World, log_of, run_stage, state_of, succeed, tree, weights_of
 from tests.test_training import interrupt, poison
 
 
@@ -191,8 +190,7 @@ def test_a_run_with_a_loss_scale_goes_on_where_it_was_interrupted(
     interrupt(monkeypatch, config, tmp_path / "broken", at_step=6)
     train(config, tmp_path / "broken")
     assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
-    state = json.loads((tmp_path / "broken" / "checkpoints" / "000000048" / "state.json").read_text(encoding="utf-8"))
-    assert state["scaler"]["scale"] == 4096.0  # doubled twice in twelve steps
+    assert state_of(tmp_path / "broken", 48)["scaler"]["scale"] == 4096.0  # doubled twice in twelve steps
 
 
 @pytest.mark.usefixtures("scaled")
