@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import tar_format, zarr_format
-from data.manifest import File, Manifest, Shard
+from data.manifest import FAILED, File, Manifest, Shard
 
 _REMEDY = "`latentmill verify --repair` writes it anew"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
@@ -37,7 +37,7 @@ class LatentCache:
         self._format = FORMATS[self.manifest.format]
         self._check_sizes()
         labels: NDArray[np.int64] = self._format.decode_labels(verified(path, self.manifest, self._format.LABELS))
-        self.rows = np.flatnonzero(labels >= 0)
+        self.rows = np.flatnonzero(labels != FAILED)
         shards, shard = self.manifest.shards, self.rows // self.manifest.shard_rows
         committed = np.bincount(shard, minlength=len(shards))
         if len(labels) != self.manifest.rows or committed.tolist() != [s.rows - s.failed for s in shards]:

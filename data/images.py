@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others, Pillow may start programs: Ghostscript
+# For other formats Pillow may start programs, such as Ghostscript, or take any bytes for an image, as it does for TGA.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+SUFFIXES = set(
+    ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm .pgm .png .pnm .ppm .qoi .tif .tiff .webp".split()
+)
+HEAD_BYTES = 16  # of a file: enough to tell its format
+_HEADS = re.compile(  # how a file of each format but PPM begins, whose two letters a text may begin with, too
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|II\+\0|MM\0\+"
+    rb"|....ftyp(avif|avis|mif1)|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n|qoif",
+    re.DOTALL,
+)
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
 PREPROCESSING = "v1: EXIF rotation, RGB over {matte}, shorter side resized (bicubic), centre crop"
 DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is recorded with the image's key
@@ -28,6 +38,8 @@ DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is re
     struct.error,
     Image.DecompressionBombError,
 )
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TURNING = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")  # may hold an orientation
 _TURNS = {  # EXIF's orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,6 +54,11 @@ _TURNS = {  # EXIF's orientation -> what undoes it
 def is_image(name: str) -> bool:
     """Whether a file's name ends as that of an image does."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether the first `HEAD_BYTES` of a file are those of an image."""
+    return _HEADS.match(head) is not None
 
 
 def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.uint8]:
@@ -62,9 +79,24 @@ def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.
 
 def _open(payload: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(payload), formats=FORMATS)
+        return Image.open(io.BytesIO(_without_texts(payload)), formats=FORMATS)
     except UnidentifiedImageError:  # its own text holds an address in memory, another one in each run
         raise ValueError("of no image format that is read here, or damaged in its first bytes") from None
+
+
+def _without_texts(payload: bytes) -> bytes:
+    """A PNG file without its colour profile and without texts that do not say how it is turned: they change no pixel,
+    and Pillow refuses a file in which they are large."""
+    if not payload.startswith(_PNG):
+        return payload
+    kept, place = [_PNG], len(_PNG)
+    while place < len(payload):
+        end = place + 12 + int.from_bytes(payload[place : place + 4], "big")  # length, type, contents, CRC
+        kind, keyword = payload[place + 4 : place + 8], payload[place + 8 : place + 8 + 32]
+        if kind != b"iCCP" and (kind not in (b"tEXt", b"zTXt", b"iTXt") or keyword.startswith(_TURNING)):
+            kept.append(payload[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _upright(image: Image.Image, orientation: object) -> Image.Image:

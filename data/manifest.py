@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from data.storage import publish, sha256_file
 
 MANIFEST = "manifest.json"
+FAILED = -1  # the label of a row that has no latents; NO_CLASS is that of an image without a class
 _SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Model = TypeVar("Model", bound=BaseModel)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

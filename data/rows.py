@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.cache import ROWS
-from data.source import Source
+from data.source import NO_CLASS, Source
 
 
 class Change(NamedTuple):
@@ -43,7 +43,7 @@ class Rows:
         try:
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             keys, labels, stamps = ([line[name] for line in lines] for name in ("key", "label", "stamp"))
-            if not set(labels) <= set(range(len(classes))):
+            if not set(labels) <= {NO_CLASS, *range(len(classes))}:
                 raise ValueError("a label that is none of the classes")
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -60,8 +60,8 @@ class Rows:
         if not (cache / ROWS).exists():
             return rows, Change([], [], [])
         old = cls.load(cache / ROWS, classes)
-        now = {key: (stamp, rows.classes[label]) for key, stamp, label in rows._entries()}
-        before = {key: (stamp, classes[label]) for key, stamp, label in old._entries()}
+        now = {key: (stamp, rows.class_of(label)) for key, stamp, label in rows._entries()}
+        before = {key: (stamp, old.class_of(label)) for key, stamp, label in old._entries()}
         change = Change(
             added=[key for key in rows.keys if key not in before],
             gone=[key for key in old.keys if key not in now],
@@ -71,6 +71,10 @@ class Rows:
         kept = [key for key in old.keys if key in index]
         order = np.array([index[key] for key in [*kept, *change.added]], np.int64)
         return rows._reordered(order, classes), change
+
+    def class_of(self, label: int) -> str | None:
+        """The name of a label's class; None of an image without a class."""
+        return None if label == NO_CLASS else self.classes[label]
 
     def lines(self) -> bytes:
         """The contents of `rows.jsonl`."""
@@ -85,9 +89,10 @@ class Rows:
     def _reordered(self, order: NDArray[np.int64], classes: tuple[str, ...]) -> Rows:
         names = (*classes, *(name for name in self.classes if name not in classes))
         number = np.array([names.index(name) for name in self.classes], np.int64)
+        labels = self.labels[order]
         return Rows(
             [self.keys[i] for i in order],
-            number[self.labels[order]],
+            np.where(labels == NO_CLASS, NO_CLASS, number[labels]),
             names,
             [self.stamps[i] for i in order],
             order,

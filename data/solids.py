@@ -131,6 +131,7 @@ class Solids:
         self.keys: Sequence[str] = [f"{CLASSES[kind]}/{i:06d}" for i, kind in enumerate(self.labels)]
         self.stamps: Sequence[str] = [f"solids {VERSION} seed={seed}"] * count
         self.size = 0  # there are no files
+        self.notes: Sequence[str] = ()
         self.preprocessing = f"drawn at {image_size}x{image_size} pixels"
 
     def fingerprint(self) -> str:
@@ -138,6 +139,9 @@ class Solids:
 
     def load(self, indices: Sequence[int]) -> Batch:
         return Batch(np.asarray(indices, np.int64), render(indices, seed=self.seed, size=self.image_size))
+
+    def digest(self, index: int) -> str:
+        return ""  # there is no file
 
 
 def render(indices: Sequence[int] | Ints, *, seed: int, size: int) -> NDArray[np.uint8]:

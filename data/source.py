@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+NO_CLASS = -2  # the label of an image that has no class, beside others that have one
 _IDENTITY = (  # what file systems call the size, the time and the hash of a file, and where in it an image lies
     *("size", "mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "crc32c", "blob_id"),
     *("CRC", "date_time", "offset", "row"),
@@ -23,17 +29,22 @@ class Batch:
     indices: NDArray[np.int64]
     pixels: NDArray[np.uint8]  # n S S 3, RGB
     failures: dict[int, str] = field(default_factory=dict)  # index -> reason
+    digests: dict[int, str] = field(default_factory=dict)  # index -> that of its file's bytes, where there is a file
 
 
 class Source(Protocol):
-    """A labelled image data set; image i has the key `keys[i]` and the class `classes[labels[i]]`."""
+    """A labelled image data set; image i has the key `keys[i]` and the class `classes[labels[i]]`.
+
+    A label is `NO_CLASS` where the image has none.
+    """
 
     name: str
     classes: tuple[str, ...]
     keys: Sequence[str]
     labels: NDArray[np.int64]
-    stamps: Sequence[str]  # one an image, changes when its bytes do; empty strings where there are no files
+    stamps: Sequence[str]  # one an image, of the file's size and time (`stamp`); empty strings where there are no files
     size: int  # bytes of all image files; 0 where there are none
+    notes: Sequence[str]  # what a person should know of the listing: what was passed over, what was assumed
     preprocessing: str
 
     def fingerprint(self) -> str:
@@ -43,6 +54,39 @@ class Source(Protocol):
     def load(self, indices: Sequence[int]) -> Batch:
         """Read the images of `indices`; one that cannot be read is a failure of the batch, not an exception."""
         ...
+
+    def digest(self, index: int) -> str:
+        """The digest of one image file's bytes, read now; OSError or ValueError with the reason."""
+        ...
+
+
+class PerProcess:
+    """A file system that every process opens for itself: open files and connections do not survive a fork."""
+
+    def __init__(self, fs: AbstractFileSystem) -> None:
+        self._fs, self._pid = fs, os.getpid()
+
+    def here(self) -> AbstractFileSystem:
+        if self._pid != os.getpid():
+            self._fs, self._pid = copy.deepcopy(self._fs), os.getpid()  # fsspec copies by opening anew
+        return self._fs
+
+
+class PassedOver:
+    """Counts what a listing leaves out, by kind, and keeps the first name of each kind."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, example: str) -> None:
+        count, first = self._kinds.get(kind, (0, example))
+        self._kinds[kind] = count + 1, min(first, example)
+
+    def lines(self, *, but: str | None = None) -> list[str]:
+        """What was passed over, `but` for one kind, in one line; no line where that is nothing."""
+        found = [(kind, *entry) for kind, entry in self._kinds.items() if kind != but]
+        kinds = [f"{count:,} {kind} (such as {printable(first)})" for kind, count, first in found]
+        return [f"passed over: {', '.join(kinds)}"] if kinds else []
 
 
 def digest(lines: Iterable[str]) -> str:
@@ -58,19 +102,43 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def content_digest(payload: bytes) -> str:
+    """A digest of a file's bytes, in hexadecimal; BLAKE2 is as quick as reading them."""
+    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+
+
 def stamp(info: Mapping[str, Any]) -> str:
-    """A short digest of what distinguishes a file from its next version, of a file system's `info` about it."""
-    return digest(f"{name}={info[name]}" for name in _IDENTITY if info.get(name) is not None)[:16]
+    """What distinguishes a file from its next version, of a file system's `info` about it: the size, and a short digest
+    of this and of times and hashes."""
+    identity = digest(f"{name}={info[name]}" for name in _IDENTITY if info.get(name) is not None)[:16]
+    return f"{info.get('size')}-{identity}"
 
 
-def open_source(source: str, *, image_size: int, count: int, seed: int, matte: str) -> Source:
+def same_size(one: str, other: str) -> bool:
+    """Whether two stamps are of files of the same size."""
+    return one.split("-")[0] == other.split("-")[0]
+
+
+def open_source(
+    source: str,
+    *,
+    image_size: int,
+    count: int,
+    seed: int,
+    matte: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """The data set that `data.source` names: `solids`, or image files in a folder or in archives, here or at a URL.
 
     `count` and `seed` describe the solids alone; files have their own. `matte` is the colour behind transparent ones.
+    The columns are those of tables and lists that hold an image and its class, where several could.
     """
     from data.files import ImageFiles
     from data.solids import Solids
 
     if source == "solids":
         return Solids(count=count, seed=seed, image_size=image_size)
-    return ImageFiles(source, image_size=image_size, matte=matte)
+    return ImageFiles(
+        source, image_size=image_size, matte=matte, image_column=image_column, label_column=label_column
+    )

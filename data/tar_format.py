@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.layout import Layout
-from data.manifest import Plan
+from data.manifest import FAILED, Plan
 
 FOLDER = "shards"
 LABELS = "labels.npy"
@@ -34,13 +34,13 @@ def shard_size(plan: Plan, rows: int) -> int:
 
 
 def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
-    """One shard; rows of the label -1 are left out."""
+    """One shard; rows that failed are left out."""
     import webdataset
 
     buffer = io.BytesIO()
     start = plan.rows_of(number).start
     writer = webdataset.TarWriter(buffer, mtime=0, encoder=False)
-    for place in np.flatnonzero(labels >= 0):
+    for place in np.flatnonzero(labels != FAILED):
         array = io.BytesIO()
         np.lib.format.write_array(array, values[place], allow_pickle=False)
         members = {"cls": str(labels[place]).encode(), "moments.npy": array.getvalue()}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data.cache import FAILURES, FORMATS, ROWS
 from data.manifest import (
+    FAILED,
     MANIFEST,
     Failure,
     File,
@@ -116,7 +117,7 @@ class CacheWriter:
             values[np.array(kept.rows, np.int64) - rows.start] = self._kept_values(shard, kept)
         reasons |= {failure.row: failure.reason for failure in kept.failures} if kept else {}
         labels = self.rows.labels[rows.start : rows.stop].copy()
-        labels[[row - rows.start for row in reasons]] = -1
+        labels[[row - rows.start for row in reasons]] = FAILED
         payload = self._format.encode_shard(self.plan, shard, values, labels)
         file = self._format.shard_file(shard)
         publish(self.path / file, payload)
@@ -233,7 +234,7 @@ class CacheWriter:
                 remove(self.path / name)
             raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
-        labels[[failure.row for failure in failures]] = -1
+        labels[[failure.row for failure in failures]] = FAILED
         files = {**self._format.other_files(self.plan, labels), ROWS: self.rows.lines(), FAILURES: _lines(failures)}
         for name, payload in files.items():
             publish(self.path / name, payload)
@@ -333,7 +334,7 @@ def _lines(failures: list[Failure]) -> bytes:
 def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray[np.int64]) -> Shard:
     """A shard's entry, with sums over rows, views and positions of the posterior's first and second moments."""
     channels = plan.latent_channels
-    good = values[labels >= 0].astype(np.float64)
+    good = values[labels != FAILED].astype(np.float64)
     mean = good[:, :, :channels]
     second = mean**2
     if plan.store == "moments":
@@ -342,7 +343,7 @@ def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray
     return Shard(
         **dict(file),
         rows=len(labels),
-        failed=int((labels < 0).sum()),
+        failed=int((labels == FAILED).sum()),
         values=mean.size // channels,
         total=tuple(mean.sum(axes).tolist()),
         squares=tuple(second.sum(axes).tolist()),

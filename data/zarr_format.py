@@ -12,7 +12,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from data.layout import Layout
-from data.manifest import Plan
+from data.manifest import FAILED, Plan
 
 CHUNK_ROWS = 16  # rows under one checksum
 KEEPS_FAILED = True  # a row that failed has its place, which is NaN
@@ -36,9 +36,9 @@ def shard_size(plan: Plan, rows: int) -> int:
 
 
 def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
-    """One shard, made by zarr in memory so that this project's storage publishes it. Rows of the label -1 are NaN."""
+    """One shard, made by zarr in memory so that this project's storage publishes it. Rows that failed are NaN."""
     store, moments, _ = _create(plan)
-    values[labels < 0] = np.nan
+    values[labels == FAILED] = np.nan
     rows = plan.rows_of(number)
     moments[rows.start : rows.stop] = values
     return _bytes_of(store, shard_file(number))

@@ -38,6 +38,8 @@ class Data(Section):
     image_size: PositiveInt = 64
     count: PositiveInt = 6_000  # of solids; a folder has as many as it has
     seed: Seed = 0  # of solids
+    image_column: str | None = None  # of Parquet files: the column of images; of tars: their suffix; where there are several
+    label_column: str | None = None  # of Parquet files and metadata lists: the column of classes, where it is not found
     matte: str = Field("white", pattern="^([a-z]+|#[0-9a-fA-F]{6})$")  # colour behind transparent images
 
 

@@ -38,6 +38,11 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
     source = open_config_source(config)
+    if job.number == 0:
+        classes = len(source.classes)
+        print(f"encode: {len(source.keys):,} images in {classes:,} class{'es' * (classes != 1)} of {source.name}")
+        for note in source.notes:
+            print(f"encode: {note}")
     if extend or retry_failed or not (config.cache.path / MANIFEST).exists():
         probe(config.cache.path, "cache.path")  # before models are loaded
     vae = FrozenVae(config.vae.source, pick_device())
@@ -58,7 +63,13 @@ def open_config_source(config: Config) -> Source:
     """The data set of `config.data`."""
     settings = config.data
     return open_source(
-        settings.source, image_size=settings.image_size, count=settings.count, seed=settings.seed, matte=settings.matte
+        settings.source,
+        image_size=settings.image_size,
+        count=settings.count,
+        seed=settings.seed,
+        matte=settings.matte,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
     )
 
 

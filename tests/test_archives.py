@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import archives, files
+from data import folder, tar_shards
 from tests.pictures import (
     KEYS,
     PICTURES,
@@ -64,7 +64,7 @@ def test_a_truncated_zip_file_is_refused(tmp_path: Path, length: int) -> None:
 
 
 def test_a_member_of_a_zip_file_over_the_limit_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 1000)
     bomb = picture(0) + bytes(2_000_000)  # the image is there to be read, if it were unpacked
     batch = opened(write_zip(tmp_path / "images.zip", {"cat/1.png": bomb, "cat/2.png": picture(3)})).load([0, 1])
     assert batch.failures == {0: f"ValueError: {len(bomb)} bytes, over the limit of 1000"}
@@ -135,7 +135,7 @@ def test_classes_beside_the_tars_name_the_numbers(tmp_path: Path, memory: bool) 
 
 @pytest.mark.parametrize(
     "beside",
-    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"2.cls": b"0"}, {"1.cls": b"x" * (archives.MAX_LABEL_BYTES + 1)}],
+    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"2.cls": b"0"}, {"1.cls": b"x" * (tar_shards.MAX_LABEL_BYTES + 1)}],
     ids=["nothing", "no label", "empty", "another's", "huge"],
 )
 def test_an_image_without_a_label_is_refused(tmp_path: Path, beside: dict[str, bytes]) -> None:

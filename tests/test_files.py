@@ -194,13 +194,26 @@ def test_a_folder_may_be_given_relative_to_where_one_is(root: Path, monkeypatch:
 
 
 def test_what_is_hidden_or_no_image_is_passed_over(root: Path, spread: Callable[[Path], str]) -> None:
-    for name in ("cat/.1.png", "cat/notes.txt", "cat/png", "top.png", ".hidden/1.png", "cat/.ipynb_checkpoints/1.png"):
+    hidden = ("cat/.1.png", ".hidden/1.png", "cat/.ipynb_checkpoints/1.png", "cat/@eaDir/1.png", "dog/Thumbs.db")
+    for name in (*hidden, "cat/notes.txt", "cat/list.json", "dog/list.json"):
         write_folder(root, {name: picture(1)})
+    write_folder(root, {"cat/png": b"no picture", "cat/empty": b""})
     (root / "empty").mkdir()
     (root / "cat" / "folder.png").mkdir()
     images = opened(spread(root))
     assert images.keys == KEYS
     assert images.classes == ("cat", "dog")
+    (note,) = images.notes
+    for count in ("2 .json (such as cat/list.json)", "1 .txt (such as cat/notes.txt)", "2 without suffix (such as cat/empty)", "5 hidden"):
+        assert count in note
+
+
+def test_what_is_no_plain_file_is_passed_over_and_counted(root: Path) -> None:
+    os.mkfifo(root / "cat/0.png")  # to open it would wait for ever
+    os.mkfifo(root / "dog/pipe")
+    images = opened(root)
+    assert reds(images) == REDS
+    assert images.notes == ["passed over: 2 no plain file (such as cat/0.png)"]
 
 
 def test_a_loop_of_linked_folders_is_not_followed(root: Path) -> None:
@@ -251,8 +264,9 @@ def test_a_folder_may_be_named_like_a_pattern(tmp_path: Path, brackets: str) -> 
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"1.png": picture(0), "cat/notes.txt": b""})  # one that is in no class, and a class of none
-    with pytest.raises(ValueError, match=r"data\.source: no images under .*one folder per class"):
+    write_folder(tmp_path, {"1.heic": b"\0\0\0\x18ftypheic", "cat/notes.txt": b""})
+    expected = r"data\.source: no images under .*one folder per class.*1 \.heic \(such as 1\.heic\), 1 \.txt"
+    with pytest.raises(ValueError, match=expected):
         opened(tmp_path)
 
 
