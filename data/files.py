@@ -63,7 +63,7 @@ class ImageFiles:
                 + "".join(f"; {note}" for note in self._container.notes)
             )
         self.classes, self.labels, notes = number_classes(self._container.labels, self._container.classes, self.keys)
-        self.notes = [*self._container.notes, *notes]
+        self.notes: Sequence[str] = [*self._container.notes, *notes]
 
     def fingerprint(self) -> str:
         names = [self.classes[label] if label != NO_CLASS else "" for label in self.labels]

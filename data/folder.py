@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from data.images import HEAD_BYTES, SUFFIXES, begins_as_image, is_image
+from data.images import HEAD_BYTES, SUFFIXES, begins_as_image
 from data.lists import CLASSES, LISTS, Label, composed, read_classes, read_list
 from data.source import PassedOver, PerProcess, printable, stamp
 
 MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
 # whose suffix says what they are: they are not opened to see whether they are images
-_NO_IMAGES = set(
-    ".7z .bin .cls .csv .db .doc .docx .gz .htm .html .ini .ipynb .json .jsonl .lock .log .m .mat .md .mov .mp3 .mp4 .npy"
-    " .npz .pb .parquet .pdf .pickle .pkl .pt .pth .py .rar .safetensors .sh .sqlite .tar .tfrecord .tgz .tsv .txt .wav"
-    " .webm .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
-)
+# fmt: off
+_NO_IMAGES = {
+    ".7z", ".bin", ".cls", ".csv", ".db", ".doc", ".docx", ".gz", ".htm", ".html", ".ini", ".ipynb", ".json",
+    ".jsonl", ".lock", ".log", ".m", ".mat", ".md", ".mov", ".mp3", ".mp4", ".npy", ".npz", ".parquet", ".pb", ".pdf",
+    ".pickle", ".pkl", ".pt", ".pth", ".py", ".rar", ".safetensors", ".sh", ".sqlite", ".tar", ".tfrecord", ".tgz",
+    ".tsv", ".txt", ".wav", ".webm", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst",
+}
+# fmt: on
 _SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found"}
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|split|images|imgs|data|\d+))?", re.I
@@ -105,9 +108,7 @@ class Folder:
         except PermissionError:  # it is counted with the others
             return False
 
-    def _labels(
-        self, images: dict[str, File], others: dict[str, File], label_column: str | None
-    ) -> dict[str, Label]:
+    def _labels(self, images: dict[str, File], others: dict[str, File], label_column: str | None) -> dict[str, Label]:
         """The label of every image: of the lists, where they have any, or the top folder; None at the top."""
         listed: dict[str, Label] = {}
         if not images:
@@ -131,7 +132,7 @@ class Folder:
         return listed
 
     def _pass_over(self, others: dict[str, File], tops: set[str]) -> None:
-        """Count the files that are neither images nor read as lists, and folders that are no class for want of images."""
+        """Count files that are neither images nor read as lists, and folders that are no class for want of images."""
         folders: dict[str, str] = {}
         for key in others:
             name = posixpath.basename(key)

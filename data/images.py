@@ -13,9 +13,12 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 # For other formats Pillow may start programs, such as Ghostscript, or take any bytes for an image, as it does for TGA.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
-SUFFIXES = set(
-    ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .pbm .pgm .png .pnm .ppm .qoi .tif .tiff .webp".split()
-)
+# fmt: off
+SUFFIXES = {
+    ".apng", ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp",
+}
+# fmt: on
 HEAD_BYTES = 16  # of a file: enough to tell its format
 _HEADS = re.compile(  # how a file of each format but PPM begins, whose two letters a text may begin with, too
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM.{4}\0\0\0\0|II\*\0|MM\0\*|II\+\0|MM\0\+"

@@ -52,7 +52,8 @@ def read_classes(payload: bytes) -> tuple[str, ...]:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(
-                f"data.source: {CLASSES}: {printable(name)} is class {names.index(name)} and class {number}: name it once"
+                f"data.source: {CLASSES}: {printable(name)} is class {names.index(name)} and class {number}: name it"
+                " once"
             )
     return tuple(names)
 
@@ -95,7 +96,9 @@ def number_classes(
         )
     counts = np.bincount(numbers[numbers >= 0], minlength=len(classes))
     if (empty := np.flatnonzero(counts == 0)).size:
-        notes.append(f"{len(empty):,} of {len(classes):,} classes have no image (such as {printable(classes[empty[0]])})")
+        notes.append(
+            f"{len(empty):,} of {len(classes):,} classes have no image (such as {printable(classes[empty[0]])})"
+        )
     return tuple(map(printable, classes)), numbers, notes
 
 
@@ -122,9 +125,8 @@ def _known_classes(names: list[str], labels: Iterable[str | int]) -> tuple[tuple
     for label in labels:
         if label in index:
             number[label] = index[str(label)]
-        elif isinstance(label, int) or label.isdecimal():
-            if 0 <= int(label) < len(short):
-                number[label] = int(label)
+        elif (isinstance(label, int) or label.isdecimal()) and 0 <= int(label) < len(short):
+            number[label] = int(label)
     return tuple(short), number
 
 
@@ -136,7 +138,7 @@ def _unknown(label: str | int, classes: tuple[str, ...]) -> str:
 
 
 def _lines_of_csv(text: str) -> Iterable[Mapping[str, Any]]:
-    """The rows of a table whose columns are separated by what separates `file_name` from the others in its first line."""
+    """The rows of a table, whose columns are separated by what separates `file_name` from others in the first line."""
     header = text.split("\n", 1)[0]
     delimiter = next(
         (mark for mark in ",;\t|" if "file_name" in [name.strip().strip('"') for name in header.split(mark)]), ","

@@ -88,11 +88,11 @@ def _columns(
 ) -> tuple[str, str | None, tuple[str, ...] | None]:
     """The names of the columns of images and of labels, and the classes' names where the schema has them.
 
-    There is no column of labels in a table that has nothing but images. ValueError where several columns could be meant,
-    or none.
+    There is no column of labels in a table that has nothing but images. ValueError where several columns could be
+    meant, or none.
     """
     schema = file.schema_arrow
-    images = [field.name for field in schema if _holds_files(field.type)]
+    images = [field.name for field in schema if _holds_files(field.type) and field.name not in LABEL_COLUMNS]
     named = [name for name in LABEL_COLUMNS if name in schema.names]
     labels = [name for name in schema.names if name not in images]
     image = _choose(images, images, image_column, "image", path, schema.names)
@@ -146,8 +146,8 @@ def _labels(file: Any, column: str, name: str) -> list[Label]:
             value = int(value)
         if not isinstance(value, int | str | None):
             raise ValueError(
-                f"data.source: {printable(name)}: column {column}, row {row}: {str(value)[:60]}: an image has one class,"
-                " a name or a whole number from 0 on"
+                f"data.source: {printable(name)}: column {column}, row {row}: {str(value)[:60]}: an image has one"
+                " class, a name or a whole number from 0 on"
             )
         labels.append(value)
     return labels

@@ -139,6 +139,4 @@ def open_source(
 
     if source == "solids":
         return Solids(count=count, seed=seed, image_size=image_size)
-    return ImageFiles(
-        source, image_size=image_size, matte=matte, image_column=image_column, label_column=label_column
-    )
+    return ImageFiles(source, image_size=image_size, matte=matte, image_column=image_column, label_column=label_column)

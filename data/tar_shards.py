@@ -60,12 +60,16 @@ class TarShards:
         return self._fs.here().cat_file(path, start=start, end=end)
 
     def _label_by_folder(self, names: list[str]) -> None:
-        """Classes of samples none of which has a label: their folders; none, if these tars are shards by their names."""
-        inside = [key.removeprefix(next(f"{name}/" for name in names if key.startswith(f"{name}/"))) for key in self.keys]
+        """Classes of samples none of which has a label: their folders; none, if the tars are shards by their names."""
+        inside = [
+            key.removeprefix(next(f"{name}/" for name in names if key.startswith(f"{name}/"))) for key in self.keys
+        ]
         if all("/" in key for key in inside):
             self.labels = [key.split("/")[0] for key in inside]
             self.notes.append("no label beside any image: the folders inside the tars are the classes")
-        elif len(names) > 1 and not all(re.fullmatch(r"(.*[-_.])?\d+(-of-\d+)?\.tar", posixpath.basename(name), re.I) for name in names):
+        elif len(names) > 1 and not all(
+            re.fullmatch(r"(.*[-_.])?\d+(-of-\d+)?\.tar", posixpath.basename(name), re.I) for name in names
+        ):
             raise ValueError(
                 f"data.source: {printable(names[0])}: no image has a label beside it, such as"
                 f" {printable(inside[0])}.cls; if each tar is one class, unpack each into a folder of its name"
@@ -80,9 +84,7 @@ class _Place(NamedTuple):
     size: int
 
 
-def _samples(
-    file: Any, path: str, passed: PassedOver, image_column: str | None
-) -> Iterator[tuple[str, _Place, Label]]:
+def _samples(file: Any, path: str, passed: PassedOver, image_column: str | None) -> Iterator[tuple[str, _Place, Label]]:
     """Key, image and label of every sample of one tar that has an image."""
     images: dict[str, _Place] = {}
     labels: dict[str, tuple[_Place, Label]] = {}

@@ -44,10 +44,12 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(config: Path, overrides: tuple[str, ...], run: Path | None, **kwargs: Any) -> None:
-        from stages.config import load_config
+        from stages.config import check_outputs, load_config
 
         checked = load_config(config, overrides)
-        command(checked, run or Path("runs") / checked.name, **kwargs)
+        run = run or Path("runs") / checked.name
+        check_outputs(checked, run)
+        command(checked, run, **kwargs)
 
     wrapped = click.option("--run", type=click.Path(path_type=Path), help="Folder of the run  [default: runs/NAME]")(
         wrapped

@@ -38,7 +38,9 @@ class Data(Section):
     image_size: PositiveInt = 64
     count: PositiveInt = 6_000  # of solids; a folder has as many as it has
     seed: Seed = 0  # of solids
-    image_column: str | None = None  # of Parquet files: the column of images; of tars: their suffix; where there are several
+    image_column: str | None = (
+        None  # of Parquet files: the column of images; of tars: their suffix; where there are several
+    )
     label_column: str | None = None  # of Parquet files and metadata lists: the column of classes, where it is not found
     matte: str = Field("white", pattern="^([a-z]+|#[0-9a-fA-F]{6})$")  # colour behind transparent images
 
@@ -216,6 +218,19 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{file}: {_explain(error.errors()[0])}") from None
+
+
+def check_outputs(config: Config, run: Path) -> None:
+    """ValueError when the cache or the run would lie among the images, which the next encode would take for images."""
+    images = Path(config.data.source).expanduser()
+    if not images.is_dir():  # an archive, a pattern, a URL or solids
+        return
+    for name, path in (("cache.path", config.cache.path), ("--run", run)):
+        if path.expanduser().resolve().is_relative_to(images.resolve()):
+            raise ValueError(
+                f"{name} = {path}: it lies inside data.source = {config.data.source}, where what is written would be"
+                " taken for images: choose a folder elsewhere"
+            )
 
 
 def dump_config(config: Config) -> str:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data import folder, tar_shards
+from data.source import NO_CLASS
 from tests.pictures import (
     KEYS,
     PICTURES,
@@ -82,7 +80,7 @@ def test_one_zip_file_may_be_given_by_a_pattern_and_is_read_in_forks(tmp_path: P
 
 def test_the_key_of_a_sample_is_its_tar_and_its_name_up_to_the_first_dot(tmp_path: Path) -> None:
     for number, members in enumerate(
-        ({"b.png": picture(1), "b.cls": b"1"}, {"a.x.png": b"", "a/1.png": picture(2), "a/1.cls": b"0"})
+        ({"b.png": picture(1), "b.cls": b"1"}, {"a/1.x.png": picture(2), "a/1.cls": b"0"})
     ):
         write_tar(tmp_path / f"train-{number}.tar", members)
     images = opened(tmp_path)
@@ -94,9 +92,9 @@ def test_the_key_of_a_sample_is_its_tar_and_its_name_up_to_the_first_dot(tmp_pat
 
 
 def test_shards_of_one_name_in_two_folders_have_keys_of_their_own(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_tar(tmp_path / folder / "0.tar", samples(PICTURES))
-        parquet_of(tmp_path / folder / "0.parquet", PICTURES)
+    for name in ("a", "b"):
+        write_tar(tmp_path / name / "0.tar", samples(PICTURES))
+        parquet_of(tmp_path / name / "0.parquet", PICTURES)
     assert opened(tmp_path / "*" / "0.tar").keys[4:6] == ["a/0.tar/dog/2", "b/0.tar/cat/1"]
     assert opened(tmp_path / "*" / "0.parquet").keys[4:6] == ["a/0.parquet/000004", "b/0.parquet/000000"]
 
@@ -135,12 +133,122 @@ def test_classes_beside_the_tars_name_the_numbers(tmp_path: Path, memory: bool) 
 
 @pytest.mark.parametrize(
     "beside",
-    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"2.cls": b"0"}, {"1.cls": b"x" * (tar_shards.MAX_LABEL_BYTES + 1)}],
-    ids=["nothing", "no label", "empty", "another's", "huge"],
+    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"1.cls": b"x" * (tar_shards.MAX_LABEL_BYTES + 1)}],
+    ids=["nothing", "no label", "empty", "huge"],
 )
-def test_an_image_without_a_label_is_refused(tmp_path: Path, beside: dict[str, bytes]) -> None:
-    with pytest.raises(ValueError, match=r"1\.tar: 1: no 1\.cls and no label in a 1\.json beside it"):
-        opened(write_tar(tmp_path / "1.tar", {"1.png": picture(5), **beside}))
+def test_an_image_without_a_label_beside_others_has_no_class(tmp_path: Path, beside: dict[str, bytes]) -> None:
+    other = {"0.png": picture(4), "0.cls": b"cat"}
+    images = opened(write_tar(tmp_path / "1.tar", {**other, "1.png": picture(5), **beside}))
+    assert images.labels.tolist() == [0, NO_CLASS]
+    assert "1 image has no class (such as 1.tar/1): trained as images without one" in images.notes
+
+
+def test_an_image_without_a_label_and_a_label_without_an_image_are_refused_by_their_names(tmp_path: Path) -> None:
+    members = {"a.png": picture(1), "a.cls": b"0", "Bee.png": picture(2), "x.cls": b"1", "bee.cls": b"1"}
+    with pytest.raises(ValueError, match=r"Bee\.png has no label, and bee\.cls no image: .*letter for letter"):
+        opened(write_tar(tmp_path / "1.tar", members))
+    images = opened(write_tar(tmp_path / "2.tar", {"a.png": picture(1), "a.cls": b"0", "x.cls": b"1"}))
+    assert images.notes == [f"passed over: 1 without an image (labels) (such as {tmp_path}/2.tar/x.cls)"]
+
+
+def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
+    for again in ("1.png", "./1.png", "x/../1.png"):
+        path = write_tar(tmp_path / "1.tar", {"1.png": picture(1), "1.cls": b"0"})
+        with tarfile.open(path, "a") as archive:
+            info = tarfile.TarInfo(again)
+            archive.addfile(info, io.BytesIO())
+        if ".." in again:
+            assert "hidden or leading out" in opened(path).notes[0]
+        else:
+            with pytest.raises(ValueError, match=r"1\.tar: .*two members are called 1\.png"):
+                opened(path)
+
+
+def test_samples_whose_names_differ_in_case_are_two(tmp_path: Path) -> None:
+    members = {"a.png": picture(1), "A.PNG": picture(2), "./a.cls": b"0", "A.cls": b"1"}
+    assert reds(opened(write_tar(tmp_path / "1.tar", members))) == [("0", 1), ("1", 2)]
+
+
+def test_two_images_of_one_sample_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "1.tar", {"1.png": picture(9), "1.bmp": picture(5, ".bmp"), "1.cls": b"0"})
+    with pytest.raises(ValueError, match=r"1\.png and 1\.bmp are two images of one sample: .*data\.image_column=png"):
+        opened(path)
+    images = opened(path, image_column="bmp")
+    assert reds(images) == [("0", 5)]
+    assert images.notes == [f"passed over: 1 .png (such as {path}/1.png)"]
+
+
+def test_dots_that_make_two_images_one_sample_are_refused(tmp_path: Path) -> None:
+    members = {"v1.0.png": picture(1), "v1.0.cls": b"0", "v1.5.png": picture(2), "v1.5.cls": b"0"}
+    with pytest.raises(ValueError, match=r"v1\.0\.png and v1\.5\.png are one sample, v1, .* first dot"):
+        opened(write_tar(tmp_path / "1.tar", members))
+    parts = {"1.seg.png": picture(1), "1.png": picture(2), "1.cls": b"0"}
+    assert reds(opened(write_tar(tmp_path / "2.tar", parts), image_column="png")) == [("0", 2)]
+
+
+def test_two_labels_of_one_sample_are_refused_if_they_differ(tmp_path: Path) -> None:
+    members = {"1.png": picture(1), "1.cls": b"0", "1.json": b'{"label": 0}'}
+    assert reds(opened(write_tar(tmp_path / "1.tar", members))) == [("0", 1)]
+    with pytest.raises(ValueError, match=r"1\.cls says 0, 1\.json says 1"):
+        opened(write_tar(tmp_path / "2.tar", {**members, "1.json": b'{"label": 1}'}))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_inside_a_tar_are_followed_and_others_counted(tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "1.tar", {"a/1.png": picture(1), "a/1.cls": b"cat"})
+    inside = "a/1" if kind == tarfile.LNKTYPE else "../a/1"
+    links = {"b/2.png": f"{inside}.png", "b/2.cls": f"{inside}.cls", "c/3.png": "b/2.png", "c/3.cls": "b/2.cls"}
+    if kind == tarfile.SYMTYPE:
+        links |= {"c/3.png": "../b/2.png", "c/3.cls": "/etc/../b/2.cls", "c/4.png": "/etc/hostname", "d/x": "x"}
+        del links["c/3.png"], links["c/3.cls"]
+    with tarfile.open(path, "a") as archive:
+        for name, target in links.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    images = opened(path)
+    assert images.keys[:2] == ["1.tar/a/1", "1.tar/b/2"]
+    assert set(reds(images)) == {("cat", 1)}
+    assert len(images.keys) == (3 if kind == tarfile.LNKTYPE else 2)
+    lost = "2 linked (to nothing in the tar)"
+    assert any(lost in note for note in images.notes) == (kind == tarfile.SYMTYPE)
+
+
+def test_a_tar_of_class_folders_has_these_for_classes_which_is_said(tmp_path: Path) -> None:
+    images = opened(write_tar(tmp_path / "pets.tar", {f"./{key}": payload for key, payload in PICTURES.items()}))
+    assert sorted(reds(images)) == REDS
+    assert images.notes == ["no label beside any image: the folders inside the tars are the classes"]
+
+
+def test_tars_without_labels_are_one_class_if_they_are_numbered_and_refused_otherwise(tmp_path: Path) -> None:
+    for name in ("train-000.tar", "train-001.tar"):
+        write_tar(tmp_path / "shards" / name, {"1.png": picture(1)})
+    assert opened(tmp_path / "shards").classes == ("images",)
+    for name in ("n01440764.tar", "n01443537.tar"):
+        write_tar(tmp_path / "classes" / name, {"1.png": picture(1)})
+    with pytest.raises(
+        ValueError, match=r"n01440764\.tar: no image has a label .*unpack each into a folder of its name"
+    ):
+        opened(tmp_path / "classes")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path, suffix: str) -> None:
+    for part in ("train-00000-of-00001", "test-00000-of-00001"):
+        path = tmp_path / "data" / f"{part}{suffix}"
+        write_tar(path, samples(PICTURES)) if suffix == ".tar" else parquet_of(path, PICTURES)
+    url = tmp_path / "data" if suffix == ".tar" else tmp_path
+    with pytest.raises(
+        ValueError, match=rf"several parts .*test, train: .*data\.source={tmp_path}/data/train\*\{suffix}"
+    ):
+        opened(url)
+    assert reds(opened(tmp_path / "data" / f"train*{suffix}")) == REDS
+
+
+def test_other_files_beside_tars_are_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "1.tar", samples(PICTURES))
+    write_folder(tmp_path, {"README.md": b"", "2.tar.gz": b""})
+    assert opened(tmp_path).notes == ["passed over: 1 .gz (such as 2.tar.gz), 1 .md (such as README.md)"]
 
 
 class Canary:
@@ -176,8 +284,8 @@ def test_members_of_a_tar_that_are_no_plain_images_and_labels_do_nothing(tmp_pat
     with tarfile.open(path, "w") as archive:
         for name, kind, target in (
             ("link.png", tarfile.SYMTYPE, "/etc/hostname"),
-            ("hard.png", tarfile.LNKTYPE, "cat/1.png"),
-            ("link.cls", tarfile.SYMTYPE, "cat/1.cls"),
+            ("hard.png", tarfile.LNKTYPE, "../cat/1.png"),
+            ("link.cls", tarfile.SYMTYPE, "../cat/1.cls"),
             ("fifo.png", tarfile.FIFOTYPE, ""),
             ("device.png", tarfile.CHRTYPE, ""),
             ("folder.png", tarfile.DIRTYPE, ""),
@@ -262,90 +370,3 @@ def test_a_tar_that_was_cut_since_it_was_listed_gives_failures(tmp_path: Path) -
     assert sorted(images.load(range(5)).failures) == [1, 2, 3, 4]
     path.unlink()
     assert len(images.load(range(5)).failures) == 5
-
-
-# Parquet files
-
-
-def test_rows_of_several_files_and_groups_are_one_data_set(tmp_path: Path) -> None:
-    names, payloads = ["cat", "dog"], list(PICTURES.values())
-    write_parquet(tmp_path / "data/train-00000.parquet", payloads[:3], [0, 0, 0], names, rows_per_group=2)
-    write_parquet(tmp_path / "data/train-00001.parquet", payloads[3:], [1, 1], names, rows_per_group=1)
-    images = opened(tmp_path)
-    assert images.keys[2:4] == ["data/train-00000.parquet/000002", "data/train-00001.parquet/000000"]
-    assert reds(images) == REDS
-    assert images.load([4, 0, 3]).pixels[:, 0, 0, 0].tolist() == [160, 0, 120]
-    assert reds(opened(tmp_path / "data")) == reds(opened(tmp_path / "data" / "train-*.parquet")) == REDS
-
-
-def test_names_of_classes_are_those_of_the_schema(tmp_path: Path) -> None:
-    payloads = [picture(1), picture(2)]
-    named = write_parquet(tmp_path / "1.parquet", payloads, [2, 0], ["zebra", "ape", "cat"], label="fine_label")
-    assert opened(named).classes == ("zebra", "ape", "cat")
-    assert reds(opened(named)) == [("cat", 1), ("zebra", 2)]
-    assert reds(opened(write_parquet(tmp_path / "2.parquet", payloads, [2, 0]))) == [("2", 1), ("0", 2)]
-    assert reds(opened(write_parquet(tmp_path / "3.parquet", payloads, ["dog", "cat"]))) == [("dog", 1), ("cat", 2)]
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "reason"),
-    [
-        ([0, -1], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is none of the 2 classes"),
-        ([0, 2], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is none of the 2 classes"),
-        ([0, None], ["cat", "dog"], "some are missing"),
-    ],
-)
-def test_rows_without_a_class_are_refused(
-    tmp_path: Path, labels: list[int | None], names: list[str], reason: str
-) -> None:
-    with pytest.raises(ValueError, match=reason):
-        opened(write_parquet(tmp_path / "1.parquet", [picture(1), picture(2)], labels, names))
-
-
-def test_files_whose_classes_have_other_numbers_are_refused(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "1.parquet", [picture(1)], [0], ["cat", "dog"])
-    write_parquet(tmp_path / "2.parquet", [picture(2)], [0], ["dog", "cat"])
-    with pytest.raises(ValueError, match=r"1\.parquet, 2\.parquet: they differ in the names"):
-        opened(tmp_path)
-
-
-def test_a_row_without_bytes_is_a_failure(tmp_path: Path) -> None:
-    images = opened(write_parquet(tmp_path / "1.parquet", [picture(1), None, b"", picture(4)], [0, 0, 0, 0]))
-    batch = images.load(range(4))
-    assert list(batch.failures) == [1, 2]
-    assert batch.failures[1] == "ValueError: the row has no image bytes"
-    assert batch.pixels[[0, 3], 0, 0, 0].tolist() == [1, 4]
-
-
-def test_a_table_without_images_or_labels_is_refused_with_its_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "1.parquet")
-    with pytest.raises(ValueError, match=r"1\.parquet: needs a column of images .* it has text, label"):
-        opened(tmp_path)
-    with pytest.raises(ValueError, match=r"2\.parquet: needs .* one named label; it has image, kind"):
-        opened(write_parquet(tmp_path / "2.parquet", [picture(0)], [0], label="kind"))
-
-
-@pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_a_truncated_parquet_file_is_refused(tmp_path: Path, length: int) -> None:
-    path = parquet_of(tmp_path / "1.parquet", PICTURES)
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"data\.source: .*1\.parquet: "):
-        opened(path)
-
-
-def test_a_damaged_page_of_a_parquet_file_is_a_failure(tmp_path: Path) -> None:
-    path = parquet_of(tmp_path / "1.parquet", PICTURES)
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    payload = bytearray(path.read_bytes())
-    start = column.dictionary_page_offset or column.data_page_offset
-    payload[start : start + 40] = bytes(40)
-    images = opened(path)
-    path.write_bytes(payload)
-    assert sorted(images.load(range(5)).failures) == [2, 3]
-
-
-def test_pyarrow_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = parquet_of(tmp_path / "1.parquet", PICTURES)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"need pyarrow: pip install 'latentmill\[parquet\]'"):
-        opened(path)

@@ -204,7 +204,12 @@ def test_what_is_hidden_or_no_image_is_passed_over(root: Path, spread: Callable[
     assert images.keys == KEYS
     assert images.classes == ("cat", "dog")
     (note,) = images.notes
-    for count in ("2 .json (such as cat/list.json)", "1 .txt (such as cat/notes.txt)", "2 without suffix (such as cat/empty)", "5 hidden"):
+    for count in (
+        "2 .json (such as cat/list.json)",
+        "1 .txt (such as cat/notes.txt)",
+        "2 without suffix (such as cat/empty)",
+        "5 hidden",
+    ):
         assert count in note
 
 

@@ -133,7 +133,9 @@ def test_codes_that_are_numbers_keep_their_digits_and_are_in_the_order_of_number
 
 
 def test_captions_are_no_classes_and_images_without_folders_are_one_class(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"2.png": picture(20), "3.png": picture(30), "metadata.csv": b"file_name,text\n2.png,a dog\n"})
+    write_folder(
+        tmp_path, {"2.png": picture(20), "3.png": picture(30), "metadata.csv": b"file_name,text\n2.png,a dog\n"}
+    )
     images = opened(tmp_path)
     assert reds(images) == [("images", 20), ("images", 30)]
     assert images.notes == ["no image has a class: all are one, images, for a model without classes"]
@@ -168,7 +170,11 @@ def test_the_column_of_classes_may_be_named(tmp_path: Path) -> None:
 
 
 def test_a_list_may_lie_in_a_folder_of_its_own(tmp_path: Path, spread: Callable[[Path], str]) -> None:
-    contents = {**LISTED, "a/metadata.csv": b"file_name,label\n1.png,cat\n", "metadata.csv": b"file_name,label\n2.png,dog\n"}
+    contents = {
+        **LISTED,
+        "a/metadata.csv": b"file_name,label\n1.png,cat\n",
+        "metadata.csv": b"file_name,label\n2.png,dog\n",
+    }
     images = opened(spread(write_folder(tmp_path / "images", contents)))
     assert sorted(reds(images)) == [("cat", 10), ("dog", 20)]
 
@@ -181,7 +187,9 @@ def test_names_are_equal_in_every_form_of_unicode(tmp_path: Path, written: Liter
     (tmp_path / "a" / "classes.txt").write_text(unicodedata.normalize(written, "thé\ncafé\n"), encoding="utf-8")
     assert reds(opened(tmp_path / "a")) == [("café", 1), ("thé", 2)]
     listed = unicodedata.normalize(written, "file_name,label\ncafé/1.png,x\nthé/1.png,y\n")
-    write_folder(tmp_path / "b", {f"{name}/1.png": picture(1), "thé/1.png": picture(2), "metadata.csv": listed.encode()})
+    write_folder(
+        tmp_path / "b", {f"{name}/1.png": picture(1), "thé/1.png": picture(2), "metadata.csv": listed.encode()}
+    )
     assert reds(opened(tmp_path / "b")) == [("x", 1), ("y", 2)]
 
 
