@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from data.source import NO_CLASS
+from stages.config import Cache, Config, Data, check_outputs, dump_config
 from tests.pictures import PICTURES, REDS, opened, picture, reds, write_folder, write_tar, write_zip
+from tests.small_world import run_stage, tree
 
 
 def inside(prefix: str, pictures: dict[str, bytes] = PICTURES) -> dict[str, bytes]:
@@ -152,7 +154,9 @@ def test_outputs_among_the_images_are_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=r"(--run|cache\.path) = images.* inside data\.source"):
             check_outputs(inside, Path(run))
     (root.parent / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    refuse("encode", root.parent / "config.yaml", root / "run", "--run = ")
+    result = run_stage("encode", root.parent / "config.yaml", root / "run")
+    assert result.exit_code == 2
+    assert "--run = " in result.stderr
     assert tree(root) == before
 
 
