@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data.archives import ParquetFiles, PerProcess, TarShards
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image, is_image
-from data.source import Batch, digest, printable, stamp
+from data.source import Batch, NoImagesError, digest, printable, stamp
 
 MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
 MAX_CLASSES = 1_000_000  # where their names are not known
@@ -56,7 +56,7 @@ class ImageFiles:
         self.stamps: Sequence[str] = self._container.stamps
         self.size = self._container.size
         if not self.keys:
-            raise ValueError(
+            raise NoImagesError(
                 f"data.source: no images under {url}: put them in one folder per class, such as {url}/cat/1.jpg"
                 f" (formats: {' '.join(sorted(SUFFIXES))}); docs/data.md has the other ways"
             )
@@ -96,7 +96,7 @@ def open_container(url: str) -> Container:
         top = root.split("*")[0].rpartition("/")[0]
         files = sorted(fs.glob(root)) if "*" in root else [root]
         if not files or not fs.exists(files[0]):
-            raise ValueError(f"data.source: no such folder or file: {url}")
+            raise NoImagesError(f"data.source: no such folder or file: {url}")
     suffixes = {os.path.splitext(file)[1] for file in files}
     infos = {file.removeprefix(top).lstrip("/"): fs.info(file) for file in files}
     if suffixes == {".zip"} and len(files) == 1:

@@ -16,6 +16,10 @@ _IDENTITY = (  # what file systems call the size, the time and the hash of a fil
 )
 
 
+class NoImagesError(ValueError):
+    """There is nothing where a data set is said to be, or nothing that is an image."""
+
+
 @dataclass
 class Batch:
     """Images read for `indices`. Rows of `pixels` whose index is in `failures` are zero and must not be used."""
@@ -56,6 +60,11 @@ def digest(lines: Iterable[str]) -> str:
 def printable(name: str) -> str:
     """A file's name with bytes that are not UTF-8 as backslash escapes: JSON cannot hold them."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: `1 image`, `1,024 images`, `2 classes`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def stamp(info: Mapping[str, Any]) -> str:
