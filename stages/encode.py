@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache
+from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, verified
 from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
 from data.rows import Change, Rows
@@ -96,6 +96,8 @@ def plan_rows(
     if found:
         rows, change = Rows.aligned(source, path, found)
         if found.data_fingerprint != source.fingerprint():
+            if isinstance(found, Manifest):
+                verified(path, found, FAILURES)  # or nobody could tell which images had failed
             failed = {failure.key for failure in recorded_failures(path)}
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
     return make_plan(config, source, rows, vae), rows

@@ -38,7 +38,8 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
         _repair(config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})}), manifest, wrong)
     else:
         raise ValueError(
-            f"{path}: {len(wrong):,} of {len(files):,} files are not what was written: verify --repair writes them anew"
+            f"{path}: {len(wrong):,} of {counted(len(files), 'file')}, the first {wrong[0]}, not what was written:"
+            " verify --repair writes anew what differs"
         )
 
 
