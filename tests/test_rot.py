@@ -20,11 +20,11 @@ import stages.decode
 import stages.encode
 import stages.info
 import stages.sample
-from data.cache import ROWS
+from data.cache import ROWS, LatentCache
 from data.manifest import MANIFEST, Manifest
-from data.writer import CacheWriter
+from data.writer import CacheWriter, progress, recorded
 from stages.cli import main
-from tests.small_world import IMAGE_SIZE, World, make_vae, run_stage, tree
+from tests.small_world import IMAGE_SIZE, World, make_vae, run_stage, succeed, tree
 from tests.test_encode import add_image, refuse
 
 Tree = dict[str, bytes]
@@ -294,3 +294,80 @@ def test_a_damaged_file_of_a_run_is_named_or_changes_nothing(world: World, tmp_p
             assert told or (result.exit_code, made) == (0, expected), (name, damage, result.output)
             if result.exit_code == 0 and stage == "train":
                 assert made == expected, (name, damage)
+
+
+def test_an_average_is_never_made_of_a_damaged_snapshot_without_a_word(world: World, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", tmp_path / "made"
+    succeed("train", world.config, run, "train.ema=power", "train.images=24", "train.checkpoint_every=8")
+
+    def outcome() -> tuple[Result, Tree]:
+        shutil.rmtree(made, ignore_errors=True)
+        result = CliRunner().invoke(main, ["ema", str(run), "--width", "0.15", "--to", str(made)])
+        return result, tree(made / "checkpoints")
+
+    result, expected = outcome()
+    assert result.exit_code == 0
+    snapshots = tree(run / "averages")
+    assert len(snapshots) >= 10
+    for name, payload in snapshots.items():
+        for damage, damaged in list(damages(name, payload).items())[1:4]:
+            (run / "averages" / name).write_bytes(damaged)
+            result, found = outcome()
+            assert name.split("/")[0] in result.output or (result.exit_code, found) == (0, expected), (name, damage)
+        (run / "averages" / name).write_bytes(payload)
+
+
+# The finish looks at every shard before the manifest is written.
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+@pytest.mark.parametrize("state", ["begun", "retried", "extended"])
+def test_a_shard_that_is_damaged_before_the_manifest_is_written_is_encoded_again_and_said(
+    place: Place, state: str, damage: str
+) -> None:
+    place.set_up({})
+    images = {"begun": "broken", "retried": "mended", "extended": "grown"}[state]
+    BUILD[state](place)
+    before = tree(place.cache)
+    assert place.run("encode", images).exit_code == 0
+    whole = tree(place.cache)
+    place.set_up(before)
+    shard = recorded(place.cache)[0].shard.file
+    if damage == "gone":
+        (place.cache / shard).unlink()
+    else:
+        (place.cache / shard).write_bytes({"flipped": before[shard][:-9] + b"!" + before[shard][-8:]}.get(damage, b""))
+    result = place.run("encode", images)
+    assert result.exit_code == 0
+    assert f"{place.cache / shard}: " in result.stdout
+    assert "1 shard must be written again" in result.stdout
+    assert tree(place.cache) == whole
+
+
+def test_the_last_job_does_not_finish_over_a_damaged_shard_of_another(place: Place) -> None:
+    place.set_up({})
+    assert place.run("encode --job 1/2").exit_code == 0
+    shard = place.cache / recorded(place.cache)[0].shard.file
+    payload = shard.read_bytes()
+    shard.write_bytes(payload[:-1])
+    refuse(place.run("encode --job 2/2"), str(shard), "1 shard must be written again: the same command")
+    assert progress(place.cache) == (3, 1, 16)
+    assert "the last job writes the manifest" in place.run("encode --job 2/2").stdout
+    assert place.run("encode --job 1/2").exit_code == 0
+    assert shard.read_bytes() == payload
+    LatentCache(place.cache).verify()
+
+
+def test_rows_in_another_order_are_not_written_into_one_cache(place: Place, tmp_path: Path) -> None:
+    """One data set, extended to the same images or encoded at once: shards of one do not go with rows of the other."""
+    place.set_up({})
+    finished(place)
+    assert place.run("encode --extend", "grown").exit_code == 0
+    shutil.copytree(place.cache, tmp_path / "extended")
+    place.set_up({})
+    assert place.run("encode", "grown").exit_code == 0
+    ours, theirs = Manifest.load(place.cache), Manifest.load(tmp_path / "extended")
+    assert ours.data_fingerprint == theirs.data_fingerprint
+    for source in (place.cache, tmp_path / "extended"):
+        result = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "to")])
+    refuse(result, f"{tmp_path / 'to' / ROWS}: ", "lists other images or another order")
