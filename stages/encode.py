@@ -173,7 +173,8 @@ def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, conf
     pending = writer.pending()
     work = [_Work(shard, rows) for shard in pending for rows in _batches(writer, shard, config.cache.batch_size)]
     images = sum(len(part.rows) for part in work)
-    print(f"encode: {images:,} of {writer.plan.rows:,} images of {source.name} to encode on {vae.device}")
+    listed = counted(writer.plan.rows, "image")
+    print(f"encode: {images:,} of {listed} of {source.name} to encode on {vae.device}")
     _check_room(writer, pending)
     failed, started = recorded_failures(writer.path), time.monotonic()
     with (

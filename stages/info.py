@@ -76,7 +76,7 @@ def _lines(latents: LatentCache) -> list[str]:
         "channel    " + "".join(f"{i:>9}" for i in range(manifest.latent_channels)),
         "mean       " + "".join(f"{value:9.3f}" for value in manifest.mean),
         "std        " + "".join(f"{value:9.3f}" for value in manifest.std),
-        f"classes    {len(manifest.classes)}, {counts.min():,} to {counted(int(counts.max()), 'image')} each",
+        f"classes    {len(manifest.classes)}, {_range(counts)} each",
     ]
     lines += [f"           {count:9,}  {name}" for name, count in zip(manifest.classes, counts, strict=True)]
     failures = latents.lines(FAILURES)
@@ -84,6 +84,11 @@ def _lines(latents: LatentCache) -> list[str]:
     if len(failures) > 10:
         lines.append(f"           and {len(failures) - 10:,} more in {latents.path / FAILURES}")
     return lines
+
+
+def _range(counts: NDArray[np.int64]) -> str:
+    least, most = int(counts.min()), int(counts.max())
+    return ("" if least == most else f"{least:,} to ") + counted(most, "image")
 
 
 def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path) -> tuple[int, float]:
