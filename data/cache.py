@@ -114,7 +114,7 @@ def verified(path: Path, plan: Manifest | Draft, name: str) -> bytes:
     file = path / name
     payload = file.read_bytes() if file.is_file() else None
     if payload is None or File.of(name, payload) not in plan.files:
-        remedy = _REMEDY if isinstance(plan, Manifest) else f"delete {path} and encode again"
+        remedy = _REMEDY if isinstance(plan, Manifest) else f"delete {path} and write it anew"
         problem = "missing" if payload is None else "damaged: its SHA-256 is not that of what was written"
         raise ValueError(f"{file}: {problem}: {remedy}")
     return payload

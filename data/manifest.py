@@ -183,7 +183,7 @@ class Manifest(Plan):
         if not file.is_file():
             hint = "it is not finished: run encode again" if cache.is_dir() else "run encode first"
             raise ValueError(f"cache.path: no latent cache at {cache}: {hint}")
-        return parse(cls, file.read_bytes(), file, remedy=f"delete {cache} and encode again")
+        return parse(cls, file.read_bytes(), file, remedy=f"delete {cache} and write it anew")
 
 
 def parse(model: type[Model], payload: bytes, file: Path, *, remedy: str) -> Model:

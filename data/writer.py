@@ -194,9 +194,8 @@ class CacheWriter:
             self._publish_rows()
 
     def _check_plan(self) -> None:
-        check_plan(self.path, self.plan, ignored=self._may_differ)
-        found = None if self._may_differ else existing_plan(self.path)
-        if found and listing_of(found) != self.rows.file:
+        found = check_plan(self.path, self.plan, ignored=self._may_differ)
+        if found and not self._may_differ and listing_of(found) != self.rows.file:
             raise ValueError(
                 f"{self.path / ROWS}: its data set is this run's, but it lists other images or another order: choose"
                 " another folder (cache.path for encode) or delete this one"
@@ -307,7 +306,7 @@ def existing_plan(path: Path) -> Manifest | Draft | None:
     if (path / MANIFEST).exists():
         return Manifest.load(path)
     if planned is not None:
-        return parse(Draft, planned, path / _PLAN, remedy=f"delete {path} and encode again")
+        return parse(Draft, planned, path / _PLAN, remedy=f"delete {path} and write it anew")
     if files:
         raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
     return None
@@ -350,8 +349,8 @@ def progress(path: Path) -> tuple[int, int, int]:
     return committed, failed, plan.rows - committed - failed
 
 
-def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> None:
-    """ValueError names the first field, but for `ignored`, in which the cache at `path` was planned differently."""
+def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> Manifest | Draft | None:
+    """What is planned of the cache at `path`; ValueError names the first field, but for `ignored`, that differs."""
     found = existing_plan(path)
     difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
     if difference:
@@ -360,6 +359,7 @@ def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> None
             f"{path}: the cache there has {name} = {theirs}, this run has {ours}:"
             " choose another folder (cache.path for encode) or delete this one"
         )
+    return found
 
 
 def _again(shards: int) -> str:

@@ -45,7 +45,9 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
     except NoImagesError as error:
         if not before or extend or retry_failed:
             raise
-        _check_without_images(config, before, error)
+        line = _stands_without_images(config, before, error)
+        if job.number == 0:
+            print(line)
         return
     if extend or retry_failed or not before:
         probe(config.cache.path, "cache.path")  # before models are loaded
@@ -63,17 +65,20 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
             writer.redo([failure.row for failure in recorded_failures(config.cache.path)])
         encode_pending(writer, source, vae, config)
     if before and before != Manifest.load(config.cache.path):
-        print("encode: runs that were trained on the cache as it was cannot go on: train.init=RUN begins a new run")
+        print(
+            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new run"
+            " from their weights"
+        )
 
 
-def _check_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> None:
-    """Say that a finished cache stands without its images; ValueError where it is not what `config` describes."""
+def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
+    """A line that says that the finished cache stands; ValueError where it is not what `config` describes."""
     path, vae = config.cache.path, FrozenVae(config.vae.source, pick_device())
     expected = {**_settings(config, vae), "preprocessing": PREPROCESSING.format(matte=config.data.matte)}
     check_plan(path, manifest.plan().model_copy(update=expected))
     LatentCache(path)
     made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
-    print(f"encode: {error}; but the finished cache {path}{made_of} stands without its images")
+    return f"encode: {error}; but the finished cache {path}{made_of} stands without its images"
 
 
 def open_config_source(config: Config) -> Source:

@@ -87,7 +87,7 @@ def test_what_needs_the_images_is_refused_in_one_line(world: World, tmp_path: Pa
 def test_a_changed_cache_says_how_runs_go_on_that_were_trained_on_it(world: World, tmp_path: Path) -> None:
     images = Path(shutil.copytree(world.images, tmp_path / "images"))
     overrides = (f"data.source={images}", f"cache.path={tmp_path / 'cache'}")
-    told = "runs that were trained on the cache as it was cannot go on: train.init=RUN begins a new run"
+    told = "runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new run"
     assert told not in succeed("encode", world.config, tmp_path, *overrides)
     assert told not in succeed("encode", world.config, tmp_path, *overrides, more=("--retry-failed",))  # fails again
     assert told not in succeed("encode", world.config, tmp_path, *overrides, more=("--extend",))  # nothing is new

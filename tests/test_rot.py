@@ -181,7 +181,7 @@ BUILD: dict[str, Callable[[Place], None]] = {
         ("finished", "broken", ["encode", "verify", "verify --repair", "convert", "decode"]),
         ("finished", "mended", ["encode --retry-failed"]),
         ("finished", "grown", ["encode --extend"]),
-        ("begun", "broken", ["encode", "encode --job 2/2", "info", "verify", "convert"]),
+        ("begun", "broken", ["encode", "encode --job 2/2", "info", "verify", "convert", "decode", "train"]),
         ("retried", "mended", ["encode", "encode --retry-failed"]),
         ("extended", "grown", ["encode", "encode --extend"]),
     ],
