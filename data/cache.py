@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import tar_format, zarr_format
-from data.manifest import FAILED, File, Manifest, Shard
+from data.manifest import FAILED, Draft, File, Manifest, Shard
 
-_REMEDY = "`latentmill verify --repair` writes it anew"
+_REMEDY = "`latentmill verify --repair` writes it anew; samples are drawn again where their folder was deleted"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
 SHARD_ROWS = 1024  # rows a file
 ROWS = "rows.jsonl"  # which image each row came from
@@ -47,15 +47,26 @@ class LatentCache:
         packed = np.arange(len(self.rows)) - before[shard]
         self._places = self.rows % self.manifest.shard_rows if self._format.KEEPS_FAILED else packed
         self._layout = self._format.layout(self.manifest)
+        self._verified: set[int] = set()  # numbers of shards
         self._moments = self._layout.map([path / shard.file for shard in shards], self.manifest)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Moments of the images `indices` in their order: `n V 2C h w` in the cache's type."""
+        """Moments of the images `indices` in their order: `n V 2C h w` in the cache's type. No hash is compared."""
         blocks, rows = np.divmod(self._places[indices], self._layout.rows)
         return self._moments[self.rows[indices] // self.manifest.shard_rows, blocks, rows]
+
+    def read_verified(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
+        """`read`, once the hash of every shard that holds one of `indices` was compared, the first time it is read.
+
+        ValueError names a shard that is not what was written.
+        """
+        for number in sorted(set((self.rows[indices] // self.manifest.shard_rows).tolist()) - self._verified):
+            self._check(self.manifest.shards[number])
+            self._verified.add(number)
+        return self.read(indices)
 
     def keys(self) -> list[str]:
         """The key of every committed image."""
@@ -73,8 +84,11 @@ class LatentCache:
     def verify(self) -> None:
         """Read all bytes; ValueError names the first file that is missing or not what was written."""
         for file in (*self.manifest.shards, *self.manifest.files):
-            if problem := file.problem(self.path):
-                raise ValueError(f"{self.path / file.file}: {problem}: {_REMEDY}")
+            self._check(file)
+
+    def _check(self, file: File) -> None:
+        if problem := file.problem(self.path):
+            raise ValueError(f"{self.path / file.file}: {problem}: {_REMEDY}")
 
     def _check_sizes(self) -> None:
         """Before anything is allocated or opened: names and sizes follow from the format and the plan."""
@@ -95,9 +109,12 @@ class LatentCache:
                 raise ValueError(f"{self.path / file.file}: {problem}: {_REMEDY}")
 
 
-def verified(path: Path, manifest: Manifest, name: str) -> bytes:
-    """The bytes of a small file of the cache at `path`, once its hash is the manifest's."""
-    payload = (path / name).read_bytes()
-    if File.of(name, payload) not in manifest.files:
-        raise ValueError(f"{path / name}: damaged: its SHA-256 is not the manifest's: {_REMEDY}")
+def verified(path: Path, plan: Manifest | Draft, name: str) -> bytes:
+    """The bytes of a small file of the cache at `path`, once its hash is one that the manifest or draft records."""
+    file = path / name
+    payload = file.read_bytes() if file.is_file() else None
+    if payload is None or File.of(name, payload) not in plan.files:
+        remedy = _REMEDY if isinstance(plan, Manifest) else f"delete {path} and write it anew"
+        problem = "missing" if payload is None else "damaged: its SHA-256 is not that of what was written"
+        raise ValueError(f"{file}: {problem}: {remedy}")
     return payload

@@ -18,7 +18,7 @@ from data.folder import Folder, part_of
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image
 from data.lists import CLASSES, Label, number_classes, read_classes
 from data.parquet_files import ParquetFiles
-from data.source import NO_CLASS, Batch, content_digest, digest, printable
+from data.source import NO_CLASS, Batch, NoImagesError, content_digest, digest, printable
 from data.tar_shards import TarShards
 
 
@@ -57,7 +57,7 @@ class ImageFiles:
         self.stamps: Sequence[str] = self._container.stamps
         self.size = self._container.size
         if not self.keys:
-            raise ValueError(
+            raise NoImagesError(
                 f"data.source: no images under {self.name}: put them in one folder per class, such as"
                 f" {self.name}/cat/1.jpg (formats: {' '.join(sorted(SUFFIXES))}); docs/data.md has the other ways"
                 + "".join(f"; {note}" for note in self._container.notes)
@@ -112,7 +112,7 @@ def open_container(url: str, image_column: str | None = None, label_column: str 
         return container
     files = sorted(fs.glob(root)) if "*" in root else [root]
     if not files or not fs.exists(files[0]):
-        raise ValueError(f"data.source: no such folder or file: {url}")
+        raise NoImagesError(f"data.source: no such folder or file: {url}")
     top = root.split("*")[0].rpartition("/")[0]
     if len(files) == 1 and files[0].lower().endswith(".zip"):
         return Folder(_open_zip(fs, files[0], url), "", url, label_column)

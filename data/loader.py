@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.cache import LatentCache
+from data.storage import human_bytes
 
 WINDOW_ROWS = 65_536  # images that a streamed epoch shuffles together
 Item = TypeVar("Item")
@@ -93,7 +94,7 @@ class LatentLoader:
 
     def describe(self) -> str:
         """How latents are read, for people."""
-        size = f"{self.size / 1e9:.2f} GB of latents"
+        size = f"{human_bytes(self.size)} of latents"
         return {
             "resident": f"{size} held on {self.device}",
             "memory": f"{size} held in memory",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from data.storage import publish, sha256_file
+from data.storage import checked, publish_checked, sha256_file
 
 MANIFEST = "manifest.json"
 FAILED = -1  # the label of a row that has no latents; NO_CLASS is that of an image without a class
-_SEAL = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Model = TypeVar("Model", bound=BaseModel)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, lt=2**63)]  # of what numpy counts
@@ -105,14 +102,20 @@ class File(_Record):
         if not where.is_file():
             return "missing"
         size = where.stat().st_size
-        return None if size == self.size else f"{size} bytes, the manifest says {self.size}"
+        return None if size == self.size else f"{size} bytes, {self.size} were written"
 
     def problem(self, folder: Path) -> str | None:
         """What is wrong with the file in `folder`, all of which is read; None when it is what was written."""
         if sized := self.size_problem(folder):
             return sized
         same = sha256_file(folder / self.file) == self.sha256
-        return None if same else "damaged: its SHA-256 is not the manifest's"
+        return None if same else "damaged: its SHA-256 is not that of what was written"
+
+
+class Draft(Plan):
+    """A cache that is being written: the plan, and the files that are known already."""
+
+    files: tuple[File, ...]  # rows.jsonl; where it is being replaced, as it is to be and as it was
 
 
 class Shard(File):
@@ -172,9 +175,7 @@ class Manifest(Plan):
 
     def save(self, cache: Path) -> None:
         """Publish the manifest; its last field is the SHA-256 of all that stands before it."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2).encode().removesuffix(b"\n}")
-        seal = f',\n  "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
-        publish(cache / MANIFEST, text + seal.encode())
+        publish_checked(cache / MANIFEST, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, cache: Path) -> Manifest:
@@ -183,17 +184,15 @@ class Manifest(Plan):
         if not file.is_file():
             hint = "it is not finished: run encode again" if cache.is_dir() else "run encode first"
             raise ValueError(f"cache.path: no latent cache at {cache}: {hint}")
-        payload = file.read_bytes()
-        seal = _SEAL.search(payload)
-        text = payload[: seal.start()] if seal else payload
-        manifest = parse(cls, text + b"\n}" if seal else text, file)
-        if not seal or hashlib.sha256(text).hexdigest().encode() != seal.group(1):
-            raise ValueError(f"{file}: damaged or edited: its SHA-256 is not the one it ends with; encode again")
-        return manifest
+        return parse(cls, file.read_bytes(), file, remedy=f"delete {cache} and write it anew")
 
 
-def parse(model: type[Model], text: bytes, file: Path) -> Model:
-    """`text`, which `file` holds, as a `model`; ValueError names the file and the field."""
+def parse(model: type[Model], payload: bytes, file: Path, *, remedy: str) -> Model:
+    """The `model` that `publish_checked` wrote as `payload` of `file`; ValueError names the file, and the field or what
+    to do."""
+    text = checked(payload)
+    if text is None:
+        raise ValueError(f"{file}: damaged or edited: its SHA-256 is not the one it ends with: {remedy}")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

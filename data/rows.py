@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cache import ROWS
+from data.cache import ROWS, verified
+from data.manifest import Draft, File, Manifest
 from data.source import NO_CLASS, Source
 
 
@@ -38,28 +40,22 @@ class Rows:
         return cls(source.keys, source.labels, source.classes, source.stamps, np.arange(len(source.keys)))
 
     @classmethod
-    def load(cls, file: Path, classes: tuple[str, ...]) -> Rows:
-        """What a cache's `rows.jsonl` says."""
-        try:
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            keys, labels, stamps = ([line[name] for line in lines] for name in ("key", "label", "stamp"))
-            if not set(labels) <= {NO_CLASS, *range(len(classes))}:
-                raise ValueError("a label that is none of the classes")
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file}: damaged: {reason}: `latentmill verify --repair` writes it anew") from error
-        return cls(keys, np.array(labels, np.int64), classes, stamps, np.arange(len(lines)))
+    def load(cls, cache: Path, plan: Manifest | Draft) -> Rows:
+        """What `rows.jsonl` of the cache at `cache` says; ValueError unless its hash is recorded in `plan`."""
+        lines = [json.loads(line) for line in verified(cache, plan, ROWS).splitlines()]
+        keys, labels, stamps = ([line[name] for line in lines] for name in ("key", "label", "stamp"))
+        return cls(keys, np.array(labels, np.int64), plan.classes, stamps, np.arange(len(lines)))
 
     @classmethod
-    def aligned(cls, source: Source, cache: Path, classes: tuple[str, ...]) -> tuple[Rows, Change]:
+    def aligned(cls, source: Source, cache: Path, plan: Manifest | Draft) -> tuple[Rows, Change]:
         """The images of `source`, those of `cache` first in its order, and what is no longer as the cache lists it.
 
-        The cache's `classes` keep their numbers.
+        The cache's classes keep their numbers. ValueError when its list is damaged, unless `source` is the very list.
         """
-        rows = cls.of(source)
-        if not (cache / ROWS).exists():
+        rows, classes = cls.of(source), plan.classes
+        if rows.classes == classes and rows.file == listing_of(plan):
             return rows, Change([], [], [])
-        old = cls.load(cache / ROWS, classes)
+        old = cls.load(cache, plan)
         now = {key: (stamp, rows.class_of(label)) for key, stamp, label in rows._entries()}
         before = {key: (stamp, old.class_of(label)) for key, stamp, label in old._entries()}
         change = Change(
@@ -75,6 +71,11 @@ class Rows:
     def class_of(self, label: int) -> str | None:
         """The name of a label's class; None of an image without a class."""
         return None if label == NO_CLASS else self.classes[label]
+
+    @cached_property
+    def file(self) -> File:
+        """Size and hash of `rows.jsonl`."""
+        return File.of(ROWS, self.lines())
 
     def lines(self) -> bytes:
         """The contents of `rows.jsonl`."""
@@ -97,3 +98,8 @@ class Rows:
             [self.stamps[i] for i in order],
             order,
         )
+
+
+def listing_of(plan: Manifest | Draft) -> File:
+    """Size and hash that `rows.jsonl` of a cache has or, while it is being replaced, is to have."""
+    return next(file for file in plan.files if file.file == ROWS)

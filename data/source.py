@@ -22,6 +22,10 @@ _IDENTITY = (  # what file systems call the size, the time and the hash of a fil
 )
 
 
+class NoImagesError(ValueError):
+    """There is nothing where a data set is said to be, or nothing that is an image."""
+
+
 @dataclass
 class Batch:
     """Images read for `indices`. Rows of `pixels` whose index is in `failures` are zero and must not be used."""
@@ -105,6 +109,11 @@ def printable(name: str) -> str:
 def content_digest(payload: bytes) -> str:
     """A digest of a file's bytes, in hexadecimal; BLAKE2 is as quick as reading them."""
     return hashlib.blake2b(payload, digest_size=16).hexdigest()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: `1 image`, `1,024 images`, `2 classes`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def stamp(info: Mapping[str, Any]) -> str:

@@ -12,16 +12,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
+_CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _held: set[TextIO] = set()  # locks of this process
 
 
@@ -49,6 +51,20 @@ def publish(path: Path, payload: bytes) -> None:
 def publish_json(path: Path, value: Any) -> None:
     """`publish` a value as indented JSON."""
     publish(path, (json.dumps(value, indent=2, ensure_ascii=True) + "\n").encode())
+
+
+def publish_checked(path: Path, value: Mapping[str, Any]) -> None:
+    """`publish` an object as indented JSON whose last field, `sha256`, is the SHA-256 of all bytes before it."""
+    text = json.dumps(value, indent=2).encode().removesuffix(b"\n}")
+    publish(path, text + f',\n  "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode())
+
+
+def checked(payload: bytes) -> bytes | None:
+    """The object that `publish_checked` wrote as `payload`, without its checksum; None where a byte has changed."""
+    found = _CHECKSUM.search(payload)
+    text = payload[: found.start()] if found else b""
+    same = found and hashlib.sha256(text).hexdigest().encode() == found.group(1)
+    return text + b"\n}" if same else None
 
 
 @contextmanager
@@ -121,6 +137,14 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people: `512 bytes`, `1.5 kB`, `20.0 MB`, `3.1 GB`."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} byte{'' if count == 1 else 's'}"
 
 
 @contextmanager

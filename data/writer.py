@@ -20,6 +20,7 @@ from data.cache import FAILURES, FORMATS, ROWS
 from data.manifest import (
     FAILED,
     MANIFEST,
+    Draft,
     Failure,
     File,
     KeptShard,
@@ -30,15 +31,20 @@ from data.manifest import (
     first_difference,
     parse,
 )
-from data.rows import Rows
-from data.source import printable
-from data.storage import claim, holder, publish, publish_json, remove, sha256_file
+from data.rows import Rows, listing_of
+from data.source import counted, printable
+from data.storage import claim, holder, publish, publish_checked, remove, sha256_file
 
 _PLAN = "plan.json"
 _RECORDS = "records"
 _LOCKS = ".locks"
 _PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
 _DATA_SET = {"rows", "classes", "data_fingerprint", "data_bytes"}
+_ANEW = "delete it, and the same command writes its shard anew"
+
+
+class DamagedShardsError(ValueError):
+    """Shards that are no longer what was written; they have lost their records, so that they are pending again."""
 
 
 class Job(NamedTuple):
@@ -70,7 +76,7 @@ class CacheWriter:
         self.path, self.plan, self.rows, self.job = path, plan, rows, job or Job()
         self._format = FORMATS[plan.format]
         self._may_differ = _DATA_SET if change else set()
-        check_plan(path, plan, ignored=self._may_differ)
+        self._check_plan()
 
     @property
     def done(self) -> bool:
@@ -87,7 +93,7 @@ class CacheWriter:
                 if at_work:
                     raise ValueError(f"{self.path}: {at_work} is at work on it, with another number of jobs")
             with self._locked():
-                check_plan(self.path, self.plan, ignored=self._may_differ)
+                self._check_plan()
                 self._start()
             yield
 
@@ -126,7 +132,7 @@ class CacheWriter:
             for row in sorted(reasons)
         ]
         entry = _shard(File.of(file, payload), self.plan, values, labels)
-        publish_json(self._record(shard), ShardRecord(shard=entry, failures=tuple(failed)).model_dump(mode="json"))
+        publish_checked(self._record(shard), ShardRecord(shard=entry, failures=tuple(failed)).model_dump(mode="json"))
         return failed
 
     def write_failures(self) -> None:
@@ -135,11 +141,15 @@ class CacheWriter:
             publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
 
     def finish(self) -> Manifest | None:
-        """Write what is left once every job's shards are there, the manifest last; None while some are not."""
+        """Write what is left once every job's shards are there, the manifest last; None while some are not.
+
+        DamagedShardsError when one of them is no longer what was written: all are read once more.
+        """
         with self._locked():
             if not self.done:
                 if not all(self._record(i).exists() for i in range(self.plan.shard_count)):
                     return None
+                self._check_shards()
                 self._assemble()
             self._tidy()
         return Manifest.load(self.path)
@@ -171,7 +181,7 @@ class CacheWriter:
             remove(self.path / _RECORDS)  # of an earlier attempt that did not get this far
         for i, record in records.items():
             self._reopen_shard(i, record, again.get(i, set()))
-        publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+        self._publish_plan()
         remove(self.path / MANIFEST)
         self._publish_rows()
 
@@ -181,8 +191,23 @@ class CacheWriter:
             self._reopen([])
         elif not self.done:
             if not found:
-                publish_json(self.path / _PLAN, self.plan.model_dump(mode="json"))
+                self._publish_plan()
             self._publish_rows()
+
+    def _check_plan(self) -> None:
+        found = check_plan(self.path, self.plan, ignored=self._may_differ)
+        if found and not self._may_differ and listing_of(found) != self.rows.file:
+            raise ValueError(
+                f"{self.path / ROWS}: its data set is this run's, but it lists other images or another order: choose"
+                " another folder (cache.path for encode) or delete this one"
+            )
+
+    def _publish_plan(self) -> None:
+        """With the hash of the rows that are about to be published, and of those that are there until then."""
+        found = existing_plan(self.path)
+        before = [file for file in found.files if file.file == ROWS and file != self.rows.file] if found else []
+        draft = Draft(**dict(self.plan), files=(self.rows.file, *before))
+        publish_checked(self.path / _PLAN, draft.model_dump(mode="json"))
 
     def _publish_rows(self) -> None:
         lines, file = self.rows.lines(), self.path / ROWS
@@ -196,7 +221,7 @@ class CacheWriter:
         listed = [row for row in range(start, start + rows) if self._format.KEEPS_FAILED or row not in failed]
         kept = [(row, place) for place, row in enumerate(listed) if row not in failed | redo]
         if not redo and rows == len(self.plan.rows_of(number)):
-            publish_json(self._record(number), record.model_dump(mode="json"))
+            publish_checked(self._record(number), record.model_dump(mode="json"))
             return
         shard = KeptShard(
             file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
@@ -205,24 +230,34 @@ class CacheWriter:
             failures=tuple(failure for failure in record.failures if failure.row not in redo),
         )
         remove(self._record(number, "kept"))
-        publish_json(self._record(number, "kept.json"), shard.model_dump(mode="json"))
+        publish_checked(self._record(number, "kept.json"), shard.model_dump(mode="json"))
         remove(self._record(number))
 
     def _kept(self, shard: int) -> KeptShard | None:
         file = self._record(shard, "kept.json")
-        return parse(KeptShard, file.read_bytes(), file) if file.exists() else None
+        return parse(KeptShard, file.read_bytes(), file, remedy=_ANEW) if file.exists() else None
 
     def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
         """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
         copy = self._record(shard, "kept")
-        if not copy.exists():
+        if not copy.exists() or sha256_file(copy) != kept.file.sha256:
+            if problem := kept.file.problem(self.path):
+                remove(self._record(shard, "kept.json"))
+                raise DamagedShardsError(f"{self.path / kept.file.file}: {problem}: {_again(1)}")
             publish(copy, (self.path / kept.file.file).read_bytes())
-        if sha256_file(copy) != kept.file.sha256:
-            remove(copy)
-            raise ValueError(f"{self.path / kept.file.file}: damaged: its SHA-256 is not the one recorded: encode anew")
         layout = self._format.layout(self.plan)
         blocks, rows = np.divmod(np.array(kept.places), layout.rows)
         return layout.map([copy], self.plan)[0, blocks, rows]
+
+    def _check_shards(self) -> None:
+        problems = {}
+        for number, record in recorded(self.path).items():
+            if problem := record.shard.problem(self.path):
+                problems[number] = f"{self.path / record.shard.file}: {problem}"
+        for number in problems:
+            remove(self._record(number))
+        if problems:
+            raise DamagedShardsError(f"{next(iter(problems.values()))}: {_again(len(problems))}")
 
     def _assemble(self) -> None:
         """All files but the shards, the manifest last."""
@@ -259,8 +294,8 @@ class CacheWriter:
         return self.path / _RECORDS / f"{shard:06d}.{suffix}"
 
 
-def existing_plan(path: Path) -> Plan | None:
-    """The plan of the finished or unfinished cache at `path`; None where there is none.
+def existing_plan(path: Path) -> Manifest | Draft | None:
+    """What is planned of the finished or unfinished cache at `path`; None where there is none.
 
     ValueError when the folder holds something else.
     """
@@ -270,9 +305,9 @@ def existing_plan(path: Path) -> Plan | None:
     with contextlib.suppress(FileNotFoundError):
         planned = (path / _PLAN).read_bytes()
     if (path / MANIFEST).exists():
-        return Manifest.load(path).plan()
+        return Manifest.load(path)
     if planned is not None:
-        return parse(Plan, planned, path / _PLAN)
+        return parse(Draft, planned, path / _PLAN, remedy=f"delete {path} and write it anew")
     if files:
         raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
     return None
@@ -286,7 +321,7 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
     if not (path / MANIFEST).exists():
         files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
         with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
-            return {int(file.stem): parse(ShardRecord, file.read_bytes(), file) for file in files}
+            return {int(file.stem): parse(ShardRecord, file.read_bytes(), file, remedy=_ANEW) for file in files}
     manifest = Manifest.load(path)
     failures: dict[int, list[Failure]] = {}
     listed = next(file for file in manifest.files if file.file == FAILURES)
@@ -315,8 +350,8 @@ def progress(path: Path) -> tuple[int, int, int]:
     return committed, failed, plan.rows - committed - failed
 
 
-def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> None:
-    """ValueError names the first field, but for `ignored`, in which the cache at `path` was planned differently."""
+def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> Manifest | Draft | None:
+    """What is planned of the cache at `path`; ValueError names the first field, but for `ignored`, that differs."""
     found = existing_plan(path)
     difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
     if difference:
@@ -325,6 +360,11 @@ def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> None
             f"{path}: the cache there has {name} = {theirs}, this run has {ours}:"
             " choose another folder (cache.path for encode) or delete this one"
         )
+    return found
+
+
+def _again(shards: int) -> str:
+    return f"{counted(shards, 'shard')} must be written again: the same command does it"
 
 
 def _lines(failures: list[Failure]) -> bytes:

@@ -195,7 +195,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check(sample_size, channels, bottleneck, head_width)
+        check_model(sample_size, channels, bottleneck, head_width)
         condition = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], condition), nn.SiLU(), nn.Linear(condition, condition))
         self.classes = nn.Embedding(num_classes + 1, condition)
@@ -266,7 +266,8 @@ def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Ten
     return block(x, condition)
 
 
-def _check(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
+def check_model(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
+    """ValueError, naming the config's field, when no `LatentUNet` has these widths and latents of this size."""
     if bottleneck not in ("transformer", "resnet"):
         raise ValueError(f"model.bottleneck: {bottleneck!r}: use transformer or resnet")
     if channels[0] % 2:

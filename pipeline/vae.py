@@ -78,10 +78,13 @@ class FrozenVae:
 
 def _load(source: str) -> Any:
     from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers.utils import logging
 
     folder = BUNDLED if source == "bundled" else Path(source)
     where: str | Path = folder if folder.exists() else source
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # of an error that it raises, it prints most beforehand
     try:
         name = AutoencoderKL.load_config(where).get("_class_name")
         if name not in classes:
@@ -90,3 +93,5 @@ def _load(source: str) -> Any:
     except OSError as error:  # what diffusers and the hub raise for a missing folder, file or network
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"vae.source: cannot load a VAE from {source!r}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)

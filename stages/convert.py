@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import FAILURES, ROWS, LatentCache
+from data.cache import FAILURES, LatentCache
 from data.manifest import Plan
 from data.rows import Rows
 from data.storage import probe
@@ -24,8 +24,9 @@ def convert(source: Path, target: Path, format_: str | None) -> None:
     manifest = cache.manifest
     other = "webdataset" if manifest.format == "zarr" else "zarr"
     plan = Plan(**{**dict(manifest.plan()), "format": format_ or other})
-    writer = CacheWriter(target, plan, Rows.load(source / ROWS, manifest.classes))
+    writer = CacheWriter(target, plan, Rows.load(source, manifest))
     if writer.done:
+        LatentCache(target).verify()
         print(f"convert: all done: {target}")
         return
     probe(target, "TARGET")

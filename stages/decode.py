@@ -80,7 +80,7 @@ def _decode_batches(
     channels = latents.manifest.latent_channels
     for start in tqdm(range(0, len(chosen), batch_size), desc="decode", unit=" batches", mininterval=1):
         rows = np.arange(start, min(start + batch_size, len(chosen)))
-        moments = torch.from_numpy(latents.read(chosen[rows]))
+        moments = torch.from_numpy(latents.read_verified(chosen[rows]))
         yield rows, to_images(vae.decode(moments[:, 0, :channels].float())).cpu().numpy()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.cache import FAILURES, FORMATS, SHARD_ROWS
+from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, verified
+from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
 from data.rows import Change, Rows
-from data.source import Batch, Source, open_source, printable
-from data.storage import free_bytes, probe
-from data.writer import CacheWriter, Job, existing_plan, recorded_failures
+from data.source import Batch, NoImagesError, Source, counted, open_source, printable
+from data.storage import free_bytes, human_bytes, probe
+from data.writer import CacheWriter, DamagedShardsError, Job, check_plan, existing_plan, recorded_failures
+from pipeline.unet import check_model
 from pipeline.vae import FrozenVae, to_pixels
 from stages.config import Config
 from stages.device import pick_device
@@ -37,26 +39,49 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         raise ValueError(
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
-    source = open_config_source(config)
-    if job.number == 0:
-        classes = len(source.classes)
-        print(f"encode: {len(source.keys):,} images in {classes:,} class{'es' * (classes != 1)} of {source.name}")
-        for note in source.notes:
-            print(f"encode: {note}")
-    if extend or retry_failed or not (config.cache.path / MANIFEST).exists():
+    before = Manifest.load(config.cache.path) if (config.cache.path / MANIFEST).exists() else None
+    try:
+        source = open_config_source(config)
+    except NoImagesError as error:
+        if not before or extend or retry_failed:
+            raise
+        line = _stands_without_images(config, before, error)
+        if job.number == 0:
+            print(line)
+        return
+    if extend or retry_failed or not before:
         probe(config.cache.path, "cache.path")  # before models are loaded
     vae = FrozenVae(config.vae.source, pick_device())
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
         writer.tidy()
+        LatentCache(config.cache.path)  # its files are there
         if job.number == 0:
             print(f"encode: all done: {config.cache.path}")
         return
+    if job.number == 0:
+        listed = f"{counted(len(source.keys), 'image')} in {counted(len(source.classes), 'class')} of {source.name}"
+        print("\n".join(f"encode: {line}" for line in (listed, *source.notes)))
     with writer.claimed():
         if retry_failed:
             writer.redo([failure.row for failure in recorded_failures(config.cache.path)])
         encode_pending(writer, source, vae, config)
+    if before and before != Manifest.load(config.cache.path):
+        print(
+            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
+            " run from their weights"
+        )
+
+
+def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
+    """A line that says that the finished cache stands; ValueError where it is not what `config` describes."""
+    path, vae = config.cache.path, FrozenVae(config.vae.source, pick_device())
+    expected = {**_settings(config, vae), "preprocessing": PREPROCESSING.format(matte=config.data.matte)}
+    check_plan(path, manifest.plan().model_copy(update=expected))
+    LatentCache(path)
+    made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
+    return f"encode: {error}; but the finished cache {path}{made_of} stands without its images"
 
 
 def open_config_source(config: Config) -> Source:
@@ -83,8 +108,10 @@ def plan_rows(
     path = config.cache.path
     found, rows = existing_plan(path), Rows.of(source)
     if found:
-        rows, change = Rows.aligned(source, path, found.classes)
+        rows, change = Rows.aligned(source, path, found)
         if found.data_fingerprint != source.fingerprint():
+            if isinstance(found, Manifest):
+                verified(path, found, FAILURES)  # or nobody could tell which images had failed
             failed = {failure.key for failure in recorded_failures(path)}
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
     return make_plan(config, source, rows, vae), rows
@@ -101,44 +128,67 @@ def _check_change(change: Change, failed: set[str], where: str, *, extend: bool,
     )
     for keys, allowed, what, remedy in cases:
         if keys and not allowed:
-            count = f"{len(keys):,} images are {what}, such as {printable(keys[0])}"
+            verb = "is" if len(keys) == 1 else "are"
+            count = f"{counted(len(keys), 'image')} {verb} {what}, such as {printable(keys[0])}"
             raise ValueError(f"{where}: the data set has changed since the encode: {count}: {remedy}")
 
 
 def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Plan:
     """The plan of a cache of `rows` of `source`."""
+    return Plan(
+        **_settings(config, vae),
+        rows=len(rows.keys),
+        classes=rows.classes,
+        data_source=source.name,
+        data_fingerprint=source.fingerprint(),
+        data_bytes=source.size,
+        preprocessing=source.preprocessing,
+    )
+
+
+def _settings(config: Config, vae: FrozenVae) -> dict[str, Any]:
+    """The fields of a plan that do not depend on the images; ValueError when `config` has sizes that do not fit."""
     if config.data.image_size % vae.downsampling:
         raise ValueError(
             f"data.image_size = {config.data.image_size}: this VAE turns {vae.downsampling}x{vae.downsampling} pixels"
             f" into one latent position: choose a multiple of {vae.downsampling}"
         )
     side = config.data.image_size // vae.downsampling
+    check_model(side, config.model.channels, config.model.bottleneck, config.model.head_width)
     channels = vae.model.config["latent_channels"]
-    return Plan(
-        format=config.cache.format,
-        store=config.cache.store,
-        dtype=config.cache.dtype,
-        views=("identity", "flip") if config.cache.flip else ("identity",),
-        shape=(2 * channels if config.cache.store == "moments" else channels, side, side),
-        rows=len(rows.keys),
-        shard_rows=SHARD_ROWS,
-        batch_size=config.cache.batch_size,
-        classes=rows.classes,
-        data_source=source.name,
-        data_fingerprint=source.fingerprint(),
-        data_bytes=source.size,
-        image_size=config.data.image_size,
-        preprocessing=source.preprocessing,
-        vae=vae.identity(),
-    )
+    return {
+        "format": config.cache.format,
+        "store": config.cache.store,
+        "dtype": config.cache.dtype,
+        "views": ("identity", "flip") if config.cache.flip else ("identity",),
+        "shape": (2 * channels if config.cache.store == "moments" else channels, side, side),
+        "shard_rows": SHARD_ROWS,
+        "batch_size": config.cache.batch_size,
+        "image_size": config.data.image_size,
+        "vae": vae.identity(),
+    }
 
 
 def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: Config) -> None:
-    """Encode the shards that `writer` lacks, then finish the cache if no other job's shards are missing."""
+    """Encode the shards that `writer` lacks, then finish the cache if no other job's shards are missing.
+
+    Shards that have been damaged by then are encoded once more.
+    """
+    try:
+        _encode_and_finish(writer, source, vae, config)
+    except DamagedShardsError as error:
+        if not writer.pending():  # they are another job's
+            raise
+        print(f"encode: {error}")
+        _encode_and_finish(writer, source, vae, config)
+
+
+def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, config: Config) -> None:
     pending = writer.pending()
     work = [_Work(shard, rows) for shard in pending for rows in _batches(writer, shard, config.cache.batch_size)]
     images = sum(len(part.rows) for part in work)
-    print(f"encode: {images:,} of {writer.plan.rows:,} images of {source.name} to encode on {vae.device}")
+    listed = counted(writer.plan.rows, "image")
+    print(f"encode: {images:,} of {listed} of {source.name} to encode on {vae.device}")
     _check_room(writer, pending)
     failed, started = recorded_failures(writer.path), time.monotonic()
     with (
@@ -243,7 +293,8 @@ def _check_room(writer: CacheWriter, shards: list[int]) -> None:
     plan = writer.plan
     size = sum(FORMATS[plan.format].shard_size(plan, len(plan.rows_of(shard))) for shard in shards)
     free = free_bytes(writer.path)
-    print(f"encode: {human_bytes(size)} in {len(shards):,} shards to write, {human_bytes(free)} free on the disk")
+    where = f"{counted(len(shards), 'shard')} to write, {human_bytes(free)} free on the disk"
+    print(f"encode: {human_bytes(size)} in {where}")
     if size > free:
         raise ValueError(
             f"cache.path: {writer.path}: {human_bytes(size)} are needed and {human_bytes(free)} are free:"
@@ -256,7 +307,7 @@ def _check_failures(failed: list[Failure], writer: CacheWriter, config: Config) 
     if len(failed) > limit:
         writer.write_failures()
         raise ValueError(
-            f"{len(failed):,} images could not be read, more than cache.max_failures = {limit}: the first is"
+            f"{counted(len(failed), 'image')} could not be read, more than cache.max_failures = {limit}: the first is"
             f" {failed[0].key}: {failed[0].reason}; all are listed in {writer.path / FAILURES}. What was encoded stays:"
             " mend them and give --retry-failed, or raise --max-failures"
         )
@@ -264,17 +315,12 @@ def _check_failures(failed: list[Failure], writer: CacheWriter, config: Config) 
 
 def _report(manifest: Manifest, path: Path, failed: list[Failure], rate: float) -> None:
     size = sum(shard.size for shard in manifest.shards)
-    classes = len(manifest.classes)
+    classes = counted(len(manifest.classes), "class")
     counts = f"{manifest.committed:,} committed + {manifest.failed:,} failed = {manifest.rows:,} listed"
-    print(f"encode: {counts} images in {classes} classes, {human_bytes(size)} in {path}, {rate:.0f} images/s")
+    print(f"encode: {counts} images in {classes}, {human_bytes(size)} in {path}, {rate:.0f} images/s")
     if failed:
-        print(f"encode: {manifest.failed:,} images could not be read, listed in {path / FAILURES}; the first:")
+        print(f"encode: {counted(manifest.failed, 'image')} could not be read, listed in {path / FAILURES}; the first:")
         print(f"encode: {failed[0].key}: {failed[0].reason}")
-
-
-def human_bytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from data.cache import FAILURES, LatentCache
 from data.manifest import Manifest
-from data.source import Source
-from data.storage import publish
+from data.source import NoImagesError, Source, counted
+from data.storage import human_bytes, publish
 from data.writer import progress
 from pipeline.vae import FrozenVae, to_images
 from stages.config import Config
 from stages.device import pick_device
-from stages.encode import human_bytes, open_config_source
+from stages.encode import open_config_source
 from stages.pictures import pairs_sheet, save_png
 
 PAIRS = 24  # images shown beside what the VAE keeps of them
@@ -28,25 +28,32 @@ SAMPLED = 4096  # images whose latents make the histograms
 def info(config: Config, cache: Path | None) -> None:
     """Print the figures of `cache`, or of the config's, and write `info/pairs.png` and `info/histogram.png` into it.
 
-    The pairs need the images: where the config's data set is not the one of the cache, there are none.
+    The pairs need the images: without them, or with another data set in the config, there are none. ValueError when a
+    shard that is drawn is damaged.
     """
     path = cache or config.cache.path
     committed, failed, pending = progress(path)
     if pending:
-        print(f"{path}: not finished: {committed:,} committed + {failed:,} failed + {pending:,} pending images")
+        counts = f"{committed:,} committed + {failed:,} failed + {pending:,} pending"
+        print(f"{path}: not finished: {counts} = {counted(committed + failed + pending, 'image')}")
         return
     latents = LatentCache(path)
     print("\n".join(_lines(latents)))
     _save_histogram(latents, path / "info" / "histogram.png")
     print(f"histograms of latents, one a channel: {path}/info/histogram.png")
-    source = open_config_source(config)
+    try:
+        source = open_config_source(config)
+    except NoImagesError as error:
+        print(f"no pictures: {error}")
+        return
     if source.fingerprint() != latents.manifest.data_fingerprint:
         print(f"no pictures: {source.name} (data.source) is not the data set of this cache")
         return
     vae = FrozenVae(config.vae.source, pick_device())
     vae.check(latents.manifest.vae, path)
-    psnr = _save_pairs(latents, source, vae, path / "info" / "pairs.png")
-    print(f"{PAIRS} images beside their decoded latents, {psnr:.1f} dB PSNR: {path}/info/pairs.png")
+    shown, psnr = _save_pairs(latents, source, vae, path / "info" / "pairs.png")
+    beside = f"{counted(shown, 'image')} beside {'its' if shown == 1 else 'their'} decoded latents"
+    print(f"{beside}, {psnr:.1f} dB PSNR: {path}/info/pairs.png")
 
 
 def _lines(latents: LatentCache) -> list[str]:
@@ -62,14 +69,14 @@ def _lines(latents: LatentCache) -> list[str]:
         f"images     {manifest.rows:,} listed = {manifest.committed:,} committed + {manifest.failed:,} failed",
         f"rows       {' x '.join(map(str, manifest.row_shape))} {manifest.dtype}: views {', '.join(manifest.views)};"
         f" {manifest.store} of {manifest.latent_channels} channels",
-        f"bytes      {human_bytes(size)} in {len(manifest.shards):,} shards, {size / manifest.rows:,.0f} an image;"
-        f" {ratio}",
+        f"bytes      {human_bytes(size)} in {counted(len(manifest.shards), 'shard')},"
+        f" {human_bytes(size // manifest.rows)} an image; {ratio}",
         f"vae        {manifest.vae.source} ({manifest.vae.class_name}), weights {manifest.vae.weights_sha256[:12]},"
         f" scaling {manifest.vae.scaling_factor:.4g}, {manifest.vae.downsampling} pixels a latent position",
         "channel    " + "".join(f"{i:>9}" for i in range(manifest.latent_channels)),
         "mean       " + "".join(f"{value:9.3f}" for value in manifest.mean),
         "std        " + "".join(f"{value:9.3f}" for value in manifest.std),
-        f"classes    {len(manifest.classes)}, {counts.min():,} to {counts.max():,} images each",
+        f"classes    {len(manifest.classes)}, {_range(counts)} each",
     ]
     lines += [f"           {count:9,}  {name}" for name, count in zip(manifest.classes, counts, strict=True)]
     failures = latents.lines(FAILURES)
@@ -79,20 +86,25 @@ def _lines(latents: LatentCache) -> list[str]:
     return lines
 
 
-def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path) -> float:
-    """Images evenly spread over the cache, above what is decoded from their latents; the PSNR over all of them."""
+def _range(counts: NDArray[np.int64]) -> str:
+    least, most = int(counts.min()), int(counts.max())
+    return ("" if least == most else f"{least:,} to ") + counted(most, "image")
+
+
+def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path) -> tuple[int, float]:
+    """Images evenly spread over the cache, above what is decoded from their latents; how many, the PSNR over all."""
     chosen = np.unique(np.linspace(0, len(latents) - 1, PAIRS).astype(np.int64))
     index = {key: i for i, key in enumerate(source.keys)}
     keys = latents.keys()
     images = source.load([index[keys[i]] for i in chosen]).pixels
     channels = latents.manifest.latent_channels
-    means = torch.from_numpy(latents.read(chosen)[:, 0, :channels].astype(np.float32))
+    means = torch.from_numpy(latents.read_verified(chosen)[:, 0, :channels].astype(np.float32))
     decoded = torch.cat([to_images(vae.decode(part)) for part in means.split(4)]).cpu().numpy()
     psnrs = [_psnr(a, b) for a, b in zip(images, decoded, strict=True)]
     names = [latents.manifest.classes[label] for label in latents.labels[chosen]]
     captions = [f"{name} {value:.1f} dB" for name, value in zip(names, psnrs, strict=True)]
     save_png(pairs_sheet(images, decoded, captions), file)
-    return _psnr(images, decoded)
+    return len(chosen), _psnr(images, decoded)
 
 
 def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
@@ -108,7 +120,7 @@ def _save_histogram(latents: LatentCache, file: Path) -> None:
     manifest: Manifest = latents.manifest
     channels = manifest.latent_channels
     chosen = np.unique(np.linspace(0, len(latents) - 1, SAMPLED).astype(np.int64))
-    means = latents.read(chosen)[:, 0, :channels].astype(np.float32)
+    means = latents.read_verified(chosen)[:, 0, :channels].astype(np.float32)
     columns = min(4, channels)
     rows = -(-channels // columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
@@ -123,7 +135,9 @@ def _save_histogram(latents: LatentCache, file: Path) -> None:
         panel.plot(x, np.exp(-(((x - mean) / std) ** 2) / 2) / (std * np.sqrt(2 * np.pi)), color="black", linewidth=1)
         panel.set_title(f"channel {channel}: mean {mean:.2f}, std {std:.2f}", fontsize=9)
         panel.set_yticks([])
-    figure.suptitle(f"latents of {len(chosen):,} images; line: the Gaussian they are normalised by", fontsize=10)
+    figure.suptitle(
+        f"latents of {counted(len(chosen), 'image')}; line: the Gaussian they are normalised by", fontsize=10
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     publish(file, buffer.getvalue())

@@ -7,8 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.cache import ROWS, LatentCache
-from data.manifest import File, Manifest
-from data.storage import remove
+from data.manifest import Manifest
+from data.rows import Rows, listing_of
+from data.source import counted
 from data.writer import CacheWriter
 from stages.config import Config
 
@@ -31,12 +32,14 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
             bar.update(file.size)
     if not wrong:
         LatentCache(path)  # names and sizes are those of the format
-        print(f"verify: {len(files):,} files, {manifest.committed:,} images: all as they were written: {path}")
+        counts = f"{counted(len(files), 'file')}, {counted(manifest.committed, 'image')}"
+        print(f"verify: {counts}: all as they were written: {path}")
     elif repair:
         _repair(config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})}), manifest, wrong)
     else:
         raise ValueError(
-            f"{path}: {len(wrong):,} of {len(files):,} files are not what was written: verify --repair writes them anew"
+            f"{path}: {len(wrong):,} of {counted(len(files), 'file')}, the first {wrong[0]}, not what was written:"
+            " verify --repair writes anew what differs"
         )
 
 
@@ -47,11 +50,9 @@ def _repair(config: Config, manifest: Manifest, wrong: list[str]) -> None:
 
     source = open_config_source(config)
     vae = FrozenVae(config.vae.source, pick_device())
-    if ROWS in wrong:
-        remove(config.cache.path / ROWS)
-    plan, rows = plan_rows(config, source, vae)
-    if File.of(ROWS, rows.lines()) not in manifest.files:
+    if ROWS in wrong and Rows.of(source).file != listing_of(manifest):
         raise ValueError(f"{config.cache.path}: which image each row is cannot be told any more: encode into a new one")
+    plan, rows = plan_rows(config, source, vae)
     writer = CacheWriter(config.cache.path, plan, rows)
     bad = [i for i, shard in enumerate(manifest.shards) if shard.file in wrong]
     with writer.claimed():

@@ -266,7 +266,7 @@ def test_a_changed_data_set_is_noticed_and_cannot_extend(config: Path, change: s
         image.rename(config.parent / "images/dog/00.png")
     for more in ((), ("--extend",), ("--retry-failed",)):
         said = run_stage("encode", config, config.parent, more=more)
-        refuse(said, "1 images are changed or gone", "cat/00.png", "cache.path")
+        refuse(said, "1 image is changed or gone", "cat/00.png", "cache.path")
 
 
 @pytest.mark.parametrize("flag", ["--extend", "--retry-failed"])
@@ -282,7 +282,7 @@ def test_encode_says_what_it_needs_and_does_not_start_without_room(
     monkeypatch.setattr(stages.encode, "free_bytes", lambda folder: 10**12)
     said = encode(config)
     size = sum(shard.size for shard in Manifest.load(config.parent / "cache").shards)
-    assert f"{size / 1e6:.1f} MB in 3 shards to write, 1000.0 GB free" in said
+    assert f"{size / 1e3:.1f} kB in 3 shards to write, 1.0 TB free" in said
     assert "left" in said
 
 

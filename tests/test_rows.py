@@ -1,4 +1,4 @@
-"""The listing of a data set that changes."""
+"""The listing of a data set that changes, or is damaged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data.cache import ROWS
+from data.manifest import Draft, Plan
 from data.rows import Change, Rows
 
 
@@ -26,6 +27,17 @@ OLD = {"a": ("cat", "1"), "b": ("dog", "2"), "c": ("cat", "3")}
 NO_CHANGE = Change([], [], [])
 
 
+@pytest.fixture
+def draft(tmp_path: Path, plan: Plan) -> Draft:
+    """Of an unfinished cache at `tmp_path` that lists `OLD`."""
+    rows = Rows.of(listing(**OLD))
+    (tmp_path / ROWS).write_bytes(rows.lines())
+    return Draft(**{**dict(plan), "rows": 3, "files": (rows.file,)})
+
+
+pytestmark = pytest.mark.parametrize("format", ["zarr"], indirect=True)  # which a listing knows nothing of
+
+
 @pytest.mark.parametrize(
     ("now", "keys", "change"),
     [
@@ -40,11 +52,10 @@ NO_CHANGE = Change([], [], [])
     ids=["nothing", "the order", "added", "gone", "another stamp", "another class", "all at once"],
 )
 def test_a_listing_is_told_from_that_of_the_cache_and_keeps_its_order(
-    tmp_path: Path, now: dict[str, tuple[str, str]], keys: str, change: Change
+    tmp_path: Path, draft: Draft, now: dict[str, tuple[str, str]], keys: str, change: Change
 ) -> None:
-    (tmp_path / ROWS).write_bytes(Rows.of(listing(**OLD)).lines())
     source = listing(**now)
-    rows, found = Rows.aligned(source, tmp_path, ("cat", "dog"))
+    rows, found = Rows.aligned(source, tmp_path, draft)
     assert found == change
     assert "".join(rows.keys) == keys
     assert rows.classes[:2] == ("cat", "dog")  # whatever sorts before them
@@ -52,13 +63,20 @@ def test_a_listing_is_told_from_that_of_the_cache_and_keeps_its_order(
     assert [source.keys[index] for index in rows.order] == list(rows.keys)
 
 
-def test_a_cache_without_a_listing_takes_the_data_set_as_it_is(tmp_path: Path) -> None:
-    rows, change = Rows.aligned(listing(**OLD), tmp_path, ())
-    assert (rows.keys, change) == (["a", "b", "c"], NO_CHANGE)
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "7", '{"key": "a"}', '{"key": "a", "label": 9, "stamp": ""}', "\udcff"])
-def test_a_damaged_listing_is_refused_by_its_name(tmp_path: Path, line: str) -> None:
-    (tmp_path / ROWS).write_bytes(Rows.of(listing(**OLD)).lines() + line.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=f"{tmp_path / ROWS}: damaged"):
-        Rows.aligned(listing(**OLD), tmp_path, ("cat", "dog"))
+@pytest.mark.parametrize("damage", [*range(0, 129, 8), -1, "missing", "empty", "truncated", "longer"])
+def test_a_damaged_listing_is_never_read(tmp_path: Path, draft: Draft, damage: int | str) -> None:
+    """Whatever the bit: a key, a label, a stamp or the order of rows. The very list of the data set stands for it."""
+    file = tmp_path / ROWS
+    lines = bytearray(file.read_bytes())
+    if isinstance(damage, int):
+        lines[damage] ^= 1
+    changed = {"empty": b"", "truncated": lines[:-1], "longer": lines + b"\n"}.get(str(damage), lines)
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(changed)
+    problem = "missing" if damage == "missing" else "damaged"
+    for now in (dict(reversed(OLD.items())), OLD | {"d": ("dog", "4")}):
+        with pytest.raises(ValueError, match=f"^{file}: {problem}.*: delete {tmp_path} and write it anew$"):
+            Rows.aligned(listing(**now), tmp_path, draft)
+    rows, change = Rows.aligned(listing(**OLD), tmp_path, draft)
+    assert (rows.file, change) == (draft.files[0], NO_CHANGE)

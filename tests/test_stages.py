@@ -49,7 +49,7 @@ def test_the_cache_holds_every_image_but_the_broken_one(world: World) -> None:
     assert cache.keys() == [f"{name}/{i}.png" for name in CLASSES for i in range(6) if f"{name}/{i}.png" != BROKEN]
     assert cache.labels.tolist() == [0] * 5 + [1] * 6
     assert [failure["key"] for failure in cache.lines("failures.jsonl")] == [BROKEN]
-    assert "1 images could not be read" in world.printed["encode"]
+    assert "1 image could not be read" in world.printed["encode"]
     assert BROKEN in world.printed["encode"]
 
 
