@@ -22,6 +22,7 @@ FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
 SHARD_ROWS = 1024  # rows a file
 ROWS = "rows.jsonl"  # which image each row came from
 FAILURES = "failures.jsonl"  # which images have no latents, and why
+DIGESTS = "digests.txt"  # of the image file of every row, a line each
 
 
 class LatentCache:
@@ -77,6 +78,10 @@ class LatentCache:
         """The file that the image number `index` lies in."""
         return self.manifest.shards[self.rows[index] // self.manifest.shard_rows]
 
+    def digests(self) -> list[str]:
+        """The digest of the image file of every row; empty where it failed, or there is no file."""
+        return verified(self.path, self.manifest, DIGESTS).decode().split("\n")[:-1]
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The objects of `rows.jsonl` or `failures.jsonl`, whose hash is checked."""
         return [json.loads(line) for line in verified(self.path, self.manifest, name).splitlines()]
@@ -94,7 +99,7 @@ class LatentCache:
         """Before anything is allocated or opened: names and sizes follow from the format and the plan."""
         manifest = self.manifest
         others = sorted(file.file for file in manifest.files)
-        if others != sorted([*self._format.OTHER_FILES, ROWS, FAILURES]):
+        if others != sorted([*self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS]):
             raise ValueError(f"{self.path}: files = {others}: not those of a {manifest.format} cache")
         for number, shard in enumerate(manifest.shards):
             places = shard.rows if self._format.KEEPS_FAILED else shard.rows - shard.failed

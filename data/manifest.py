@@ -133,6 +133,7 @@ class ShardRecord(_Record):
 
     shard: Shard
     failures: tuple[Failure, ...]
+    digests: tuple[str, ...]  # a row: of its image file's bytes; empty where it failed, or there is no file
 
 
 class KeptShard(_Record):
@@ -141,6 +142,7 @@ class KeptShard(_Record):
     file: File
     rows: tuple[int, ...]
     places: tuple[int, ...]
+    digests: tuple[str, ...]  # as `rows`
     failures: tuple[Failure, ...]
 
 

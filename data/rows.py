@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from data.cache import ROWS, verified
 from data.manifest import Draft, File, Manifest
-from data.source import NO_CLASS, Source
+from data.source import NO_CLASS, Source, same_size
+
+_DIGESTS_AT_A_TIME = 256  # files that a process reads before it answers
 
 
 class Change(NamedTuple):
@@ -23,6 +26,7 @@ class Change(NamedTuple):
     added: list[str]
     gone: list[str]
     edited: list[str]  # another file, or another class
+    touched: list[str]  # another time, but the size and class of before: perhaps a copy
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,28 @@ class Rows:
         """
         rows, classes = cls.of(source), plan.classes
         if rows.classes == classes and rows.file == listing_of(plan):
-            return rows, Change([], [], [])
+            return rows, Change([], [], [], [])
         old = cls.load(cache, plan)
         now = {key: (stamp, rows.class_of(label)) for key, stamp, label in rows._entries()}
         before = {key: (stamp, old.class_of(label)) for key, stamp, label in old._entries()}
+        differing = [key for key in old.keys if key in now and now[key] != before[key]]
+        touched = [key for key in differing if now[key][1] == before[key][1] and same_size(now[key][0], before[key][0])]
         change = Change(
             added=[key for key in rows.keys if key not in before],
             gone=[key for key in old.keys if key not in now],
-            edited=[key for key in old.keys if key in now and now[key] != before[key]],
+            edited=sorted({*differing} - {*touched}),
+            touched=touched,
         )
         index = {key: i for i, key in enumerate(rows.keys)}
         kept = [key for key in old.keys if key in index]
         order = np.array([index[key] for key in [*kept, *change.added]], np.int64)
         return rows._reordered(order, classes), change
+
+    def with_stamps_of(self, cache: Path, plan: Manifest | Draft, keys: Iterable[str]) -> Rows:
+        """The same rows, but for `keys` with the stamps that `cache` has: their files are the same in all but time."""
+        old, wanted = Rows.load(cache, plan), set(keys)
+        stamps = {key: stamp for key, stamp in zip(old.keys, old.stamps, strict=True) if key in wanted}
+        return replace(self, stamps=[stamps.get(k, stamp) for k, stamp in zip(self.keys, self.stamps, strict=True)])
 
     def class_of(self, label: int) -> str | None:
         """The name of a label's class; None of an image without a class."""
@@ -103,3 +116,32 @@ class Rows:
 def listing_of(plan: Manifest | Draft) -> File:
     """Size and hash that `rows.jsonl` of a cache has or, while it is being replaced, is to have."""
     return next(file for file in plan.files if file.file == ROWS)
+
+
+def digests_of(source: Source, indices: NDArray[np.int64], *, workers: int) -> list[str]:
+    """The digest of the file of each image, read now by that many processes; empty where one cannot be read."""
+    from torch.utils.data import DataLoader
+
+    parts = np.array_split(indices, -(-len(indices) // _DIGESTS_AT_A_TIME))
+    loader: Iterable[list[str]] = DataLoader(_Digests(source, parts), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    return [each for part in tqdm(loader, desc="compare", mininterval=1) for each in part]
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """Item i is the digests of the i-th part of the images."""
+
+    source: Source
+    parts: Sequence[NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> list[str]:
+        return [self._digest(index) for index in self.parts[number].tolist()]
+
+    def _digest(self, index: int) -> str:
+        try:
+            return self.source.digest(index)
+        except (OSError, ValueError):
+            return ""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, FORMATS, ROWS
+from data.cache import DIGESTS, FAILURES, FORMATS, ROWS, verified
 from data.manifest import (
     FAILED,
     MANIFEST,
@@ -107,11 +107,18 @@ class CacheWriter:
         rows, kept = np.array(self.plan.rows_of(shard)), self._kept(shard)
         return rows if kept is None else np.setdiff1d(rows, [*kept.rows, *(f.row for f in kept.failures)])
 
-    def write(self, shard: int, moments: NDArray[np.floating], failures: Mapping[int, str]) -> list[Failure]:
+    def write(
+        self,
+        shard: int,
+        moments: NDArray[np.floating],
+        failures: Mapping[int, str],
+        digests: Mapping[int, str] | None = None,
+    ) -> list[Failure]:
         """Publish one shard; its failures.
 
-        `moments` are `rows V 2C h w`, of `rows_to_encode`; `failures` maps a row to its reason. Rows with values that
-        are not finite in the cache's type become failures: they are never committed.
+        `moments` are `rows V 2C h w`, of `rows_to_encode`; `failures` maps a row to its reason, `digests` to the digest
+        of its image file, where there is one. Rows with values that are not finite in the cache's type become failures:
+        they are never committed.
         """
         rows, fresh, kept = self.plan.rows_of(shard), self.rows_to_encode(shard), self._kept(shard)
         values = np.full((len(rows), *self.plan.row_shape), np.nan, self.plan.dtype)
@@ -131,8 +138,13 @@ class CacheWriter:
             Failure(row=row, key=printable(self.rows.keys[row]), reason=printable(reasons[row]))
             for row in sorted(reasons)
         ]
-        entry = _shard(File.of(file, payload), self.plan, values, labels)
-        publish_checked(self._record(shard), ShardRecord(shard=entry, failures=tuple(failed)).model_dump(mode="json"))
+        known = {**(dict(zip(kept.rows, kept.digests, strict=True)) if kept else {}), **(digests or {})}
+        record = ShardRecord(
+            shard=_shard(File.of(file, payload), self.plan, values, labels),
+            failures=tuple(failed),
+            digests=tuple("" if row in reasons else known.get(row, "") for row in rows),
+        )
+        publish_checked(self._record(shard), record.model_dump(mode="json"))
         return failed
 
     def write_failures(self) -> None:
@@ -227,6 +239,7 @@ class CacheWriter:
             file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
             rows=tuple(row for row, _ in kept),
             places=tuple(place for _, place in kept),
+            digests=tuple(record.digests[row - start] for row, _ in kept),
             failures=tuple(failure for failure in record.failures if failure.row not in redo),
         )
         remove(self._record(number, "kept"))
@@ -263,14 +276,20 @@ class CacheWriter:
         """All files but the shards, the manifest last."""
         records = recorded(self.path).values()
         shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
+        digests = [digest for record in records for digest in record.digests]
         if len(failures) == self.plan.rows:
-            others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES)
+            others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS)
             for name in (_RECORDS, *others, _PLAN):  # not the folder: it may hold what is not ours
                 remove(self.path / name)
             raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
         labels[[failure.row for failure in failures]] = FAILED
-        files = {**self._format.other_files(self.plan, labels), ROWS: self.rows.lines(), FAILURES: _lines(failures)}
+        files = {
+            **self._format.other_files(self.plan, labels),
+            ROWS: self.rows.lines(),
+            FAILURES: _lines(failures),
+            DIGESTS: "".join(digest + "\n" for digest in digests).encode(),
+        }
         for name, payload in files.items():
             publish(self.path / name, payload)
         mean, std = _merge(shards)
@@ -316,7 +335,8 @@ def existing_plan(path: Path) -> Manifest | Draft | None:
 def recorded(path: Path) -> dict[int, ShardRecord]:
     """The records of all shards that are there so far of the cache at `path`, by their numbers.
 
-    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again.
+    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again. So
+    must all shards of image files whose digests are.
     """
     if not (path / MANIFEST).exists():
         files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
@@ -329,10 +349,33 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
         for line in (path / FAILURES).read_text(encoding="utf-8").splitlines():
             failure = Failure.model_validate_json(line)
             failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
+    digests = ("",) * manifest.rows
+    if manifest.data_bytes:
+        listed = next(file for file in manifest.files if file.file == DIGESTS)
+        if listed.problem(path) is not None:
+            return {}
+        digests = tuple((path / DIGESTS).read_text(encoding="ascii").split("\n")[:-1])
     return {
-        i: ShardRecord(shard=shard, failures=tuple(failures.get(i, ())))
+        i: ShardRecord(
+            shard=shard,
+            failures=tuple(failures.get(i, ())),
+            digests=digests[manifest.rows_of(i).start : manifest.rows_of(i).stop],
+        )
         for i, shard in enumerate(manifest.shards)
         if shard.failed == len(failures.get(i, ()))
+    }
+
+
+def recorded_digests(path: Path) -> dict[int, str]:
+    """The digest of the image file of every row that is committed so far in the cache at `path`."""
+    plan = existing_plan(path) or Manifest.load(path)
+    if isinstance(plan, Manifest):
+        verified(path, plan, DIGESTS)  # or no image would be compared
+    return {
+        row: digest
+        for number, record in recorded(path).items()
+        for row, digest in enumerate(record.digests, plan.rows_of(number).start)
+        if digest
     }
 
 
@@ -344,6 +387,8 @@ def recorded_failures(path: Path) -> list[Failure]:
 def progress(path: Path) -> tuple[int, int, int]:
     """Images committed, failed and pending of the cache at `path`; ValueError where there is none."""
     plan = existing_plan(path) or Manifest.load(path)
+    if isinstance(plan, Manifest):
+        return plan.committed, plan.failed, 0
     shards = [record.shard for record in recorded(path).values()]
     failed = sum(shard.failed for shard in shards)
     committed = sum(shard.rows for shard in shards) - failed

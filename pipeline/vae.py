@@ -46,6 +46,10 @@ class FrozenVae:
             return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
         return torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
 
+    def encoding_bytes(self, batch_size: int, image_size: int) -> int:
+        """About the memory that `encode` takes for a batch: a few feature maps of the first level, in float32."""
+        return 6 * 4 * batch_size * image_size**2 * int(self.model.config["block_out_channels"][0])
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of unscaled latents."""

@@ -60,7 +60,8 @@ class Cache(Section):
     dtype: Literal["float16", "float32"] = "float16"
     flip: bool = True  # also keep the latents of the mirrored image: a latent itself cannot be mirrored
     batch_size: PositiveInt = 64
-    workers: NonNegativeInt = 2  # processes that read images ahead of the VAE
+    # processes that read images ahead of the VAE and, on a CPU, encode them; auto: one a core; 0: none but this one
+    workers: NonNegativeInt | Literal["auto"] = "auto"
     max_failures: NonNegativeInt = 100  # images that may be unreadable before encode gives up
 
 

@@ -31,12 +31,15 @@ def convert(source: Path, target: Path, format_: str | None) -> None:
         return
     probe(target, "TARGET")
     failures = {line["row"]: line["reason"] for line in cache.lines(FAILURES)}
+    digests = dict(enumerate(cache.digests()))
     with writer.claimed():
         for shard in tqdm(writer.pending(), desc="convert", unit=" shards", mininterval=1):
             rows = np.array(plan.rows_of(shard))
             start, stop = np.searchsorted(cache.rows, [rows[0], rows[-1] + 1])
             moments = np.full((len(rows), *plan.row_shape), np.nan, plan.dtype)
             moments[cache.rows[start:stop] - rows[0]] = cache.read(np.arange(start, stop))
-            writer.write(shard, moments, {row: failures[row] for row in rows.tolist() if row in failures})
+            mine = rows.tolist()
+            failed = {row: failures[row] for row in mine if row in failures}
+            writer.write(shard, moments, failed, {row: digests[row] for row in mine})
         writer.finish()
     print(f"convert: {manifest.committed:,} images as {plan.format} in {target}")

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 import torch
+
+_MAX_PROCESSES = 32
+
+
+def process_count(asked: int | str) -> int:
+    """How many processes work beside this one: `asked` or, if that is auto, one for each core of this process."""
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")  # a container's share of the machine, in microseconds a period
+    if limit.is_file() and (quota := limit.read_text(encoding="ascii").split())[0] != "max":
+        cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _MAX_PROCESSES))
 
 
 def pick_device() -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
@@ -18,15 +21,24 @@ from tqdm import tqdm
 from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, verified
 from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
-from data.rows import Change, Rows
-from data.source import Batch, NoImagesError, Source, counted, open_source, printable
-from data.storage import free_bytes, human_bytes, probe
-from data.writer import CacheWriter, DamagedShardsError, Job, check_plan, existing_plan, recorded_failures
+from data.rows import Change, Rows, digests_of, listing_of
+from data.source import Batch, NoImagesError, Source, counted, digest, open_source, printable
+from data.storage import free_bytes, human_bytes, probe, publish
+from data.writer import (
+    CacheWriter,
+    DamagedShardsError,
+    Job,
+    check_plan,
+    existing_plan,
+    recorded_digests,
+    recorded_failures,
+)
 from pipeline.unet import check_model
 from pipeline.vae import FrozenVae, to_pixels
 from stages.config import Config
-from stages.device import pick_device
+from stages.device import pick_device, process_count
 
+_COMPARED = ".compared"  # beside a cache: which copies of its data set were found to hold the same bytes
 ESTIMATE_AFTER = 8  # batches, the first of which warm up
 
 
@@ -112,9 +124,36 @@ def plan_rows(
         if found.data_fingerprint != source.fingerprint():
             if isinstance(found, Manifest):
                 verified(path, found, FAILURES)  # or nobody could tell which images had failed
+            change.edited.extend(_other_contents(config, source, rows, change.touched))
             failed = {failure.key for failure in recorded_failures(path)}
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
-    return make_plan(config, source, rows, vae), rows
+            rows = rows.with_stamps_of(path, found, change.touched)
+    plan = make_plan(config, source, rows, vae)
+    if found and rows.file == listing_of(found):  # or a copy of the data set would count as another one
+        plan = plan.model_copy(update={"data_fingerprint": found.data_fingerprint})
+    return plan, rows
+
+
+def _other_contents(config: Config, source: Source, rows: Rows, touched: Sequence[str]) -> list[str]:
+    """Those of the images `touched` whose files hold other bytes than those that were encoded.
+
+    Images that have not been encoded so far, or could not be, have nothing that they could differ from. That a data set
+    was found to be a copy is kept beside the cache, so that it is read once.
+    """
+    path = config.cache.path
+    recorded = recorded_digests(path)
+    compared = path / _COMPARED / digest([source.fingerprint(), *recorded.values()])
+    wanted = set(touched)
+    places = [row for row, key in enumerate(rows.keys) if key in wanted and row in recorded]
+    if not places or compared.exists():
+        return []
+    print(f"encode: {counted(len(places), 'image')} of the size, but not of the time of before: comparing contents")
+    now = digests_of(source, rows.order[places], workers=process_count(config.cache.workers))
+    other = [rows.keys[row] for row, each in zip(places, now, strict=True) if each != recorded[row]]
+    if not other:
+        with contextlib.suppress(OSError):  # a cache that may only be read: it is compared again
+            publish(compared, b"")
+    return other
 
 
 def _check_change(change: Change, failed: set[str], where: str, *, extend: bool, retry_failed: bool) -> None:
@@ -196,11 +235,11 @@ def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, conf
         ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE is at the next one
     ):
         published: Future[list[Failure]] | None = None
-        for shard, moments, failures in _encode_shards(work, writer, source, vae, config, bar):
+        for shard, moments, failures, digests in _encode_shards(work, writer, source, vae, config, bar):
             if published:
                 failed += published.result()
             _check_failures(failed, writer, config)
-            published = publisher.submit(writer.write, shard, moments, failures)
+            published = publisher.submit(writer.write, shard, moments, failures, digests)
         if published:
             failed += published.result()
         _check_failures(failed, writer, config)
@@ -219,17 +258,21 @@ class _Work(NamedTuple):
     rows: NDArray[np.int64]
 
 
-class _Batches(Dataset[Batch]):
-    """Item i is the i-th batch of images; a worker process reads it ahead of the VAE."""
+class _Batches(Dataset[tuple[Batch, NDArray[np.floating] | None]]):
+    """Item i is the i-th batch of images, read ahead by a worker process; or, with a `vae`, encoded by it."""
 
-    def __init__(self, source: Source, batches: Sequence[NDArray[np.int64]]) -> None:
-        self.source, self.batches = source, batches
+    def __init__(self, source: Source, batches: Sequence[NDArray[np.int64]], plan: Plan, vae: FrozenVae | None) -> None:
+        self.source, self.batches, self.plan, self.vae = source, batches, plan, vae
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.source.load(self.batches[index].tolist())
+    def __getitem__(self, index: int) -> tuple[Batch, NDArray[np.floating] | None]:
+        batch = self.source.load(self.batches[index].tolist())
+        if self.vae is None:
+            return batch, None
+        moments = _encode_batch(self.vae, batch, self.plan)
+        return dataclasses.replace(batch, pixels=batch.pixels[:0]), moments  # what need not be sent back
 
 
 def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.int64]]:
@@ -241,18 +284,21 @@ def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.
 
 def _encode_shards(
     work: list[_Work], writer: CacheWriter, source: Source, vae: FrozenVae, config: Config, bar: tqdm
-) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str]]]:
-    """Number, moments `rows V 2C h w` and failures of every shard, in turn."""
-    dataset = _Batches(source, [writer.rows.order[part.rows] for part in work])
-    loader = iter(DataLoader(dataset, batch_size=None, num_workers=config.cache.workers))
-    moments: list[torch.Tensor] = []
+) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str], dict[int, str]]]:
+    """Number, moments `rows V 2C h w`, failures and file digests of every shard, in turn."""
+    workers, encoding = _share_of_work(config, vae)
+    dataset = _Batches(source, [writer.rows.order[part.rows] for part in work], writer.plan, vae if encoding else None)
+    loader = iter(DataLoader(dataset, batch_size=None, num_workers=min(workers, len(work))))
+    moments: list[NDArray[np.floating]] = []
     failures: dict[int, str] = {}
+    digests: dict[int, str] = {}
     started = time.monotonic()
     for number, part in enumerate(work):
-        batch = _next_batch(loader)
-        moments.append(_encode_batch(vae, batch, writer.plan))
+        batch, encoded = _next_batch(loader)
+        moments.append(_encode_batch(vae, batch, writer.plan) if encoded is None else encoded)
         row_of = dict(zip(batch.indices.tolist(), part.rows.tolist(), strict=True))
         failures |= {row_of[index]: reason for index, reason in batch.failures.items()}
+        digests |= {row_of[index]: each for index, each in batch.digests.items()}
         bar.update(len(part.rows))
         if number == 0:
             started = time.monotonic()
@@ -260,11 +306,25 @@ def _encode_shards(
             left = (len(work) - number) * (time.monotonic() - started) / number
             tqdm.write(f"encode: about {_duration(left)} left")
         if number + 1 == len(work) or work[number + 1].shard != part.shard:
-            yield part.shard, torch.cat(moments).cpu().numpy(), failures
-            moments, failures = [], {}
+            yield part.shard, np.concatenate(moments), failures, digests
+            moments, failures, digests = [], {}, {}
 
 
-def _next_batch(loader: Iterator[Batch]) -> Batch:
+def _share_of_work(config: Config, vae: FrozenVae) -> tuple[int, bool]:
+    """How many worker processes there are, and whether they encode, too, or read images ahead of the VAE.
+
+    On a CPU, processes of one thread each are quicker than threads of one process, which wait for one another at every
+    layer, and do not starve beside other work (benchmarks/busy_machine.py). Each needs memory for a batch of its own.
+    """
+    workers = process_count(config.cache.workers)
+    if vae.device.type != "cpu" or not workers:
+        return workers, False
+    need = vae.encoding_bytes(config.cache.batch_size, config.data.image_size)
+    fitting = psutil.virtual_memory().available // (2 * need)
+    return (min(workers, fitting), True) if fitting > 1 or workers == 1 else (workers, False)
+
+
+def _next_batch(loader: Iterator[tuple[Batch, Any]]) -> tuple[Batch, Any]:
     try:
         return next(loader)
     except RuntimeError as error:
@@ -276,8 +336,8 @@ def _next_batch(loader: Iterator[Batch]) -> Batch:
         ) from error
 
 
-def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> torch.Tensor:
-    """Moments `n V 2C h w` of a batch, on the device, the views in the order of the plan.
+def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> NDArray[np.floating]:
+    """Moments `n V 2C h w` of a batch, the views in the order of the plan.
 
     A short batch is filled up: kernels chosen for another shape may round differently.
     """
@@ -285,7 +345,7 @@ def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> torch.Tensor:
     images = np.concatenate([batch.pixels, np.zeros((plan.batch_size - count, *batch.pixels.shape[1:]), np.uint8)])
     pixels = to_pixels(torch.from_numpy(images).to(vae.device))
     views = [vae.encode(pixels if view == "identity" else pixels.flip(-1)) for view in plan.views]
-    return torch.stack(views, dim=1)[:count, :, : plan.shape[0]]
+    return torch.stack(views, dim=1)[:count, :, : plan.shape[0]].cpu().numpy()
 
 
 def _check_room(writer: CacheWriter, shards: list[int]) -> None:
