@@ -66,8 +66,8 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         encode_pending(writer, source, vae, config)
     if before and before != Manifest.load(config.cache.path):
         print(
-            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new run"
-            " from their weights"
+            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
+            " run from their weights"
         )
 
 
