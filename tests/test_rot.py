@@ -32,8 +32,11 @@ MEASURED = ("log.jsonl", "curves.png", "config.yaml", "histogram.png")  # what w
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """Hundreds of commands are run: nothing is flushed to the disk, the VAE is read once, no curves are drawn."""
+def _quick(world: World) -> Iterator[None]:
+    """Hundreds of commands are run: nothing is flushed to the disk, the VAE is read once, no curves are drawn.
+
+    The world, which other files use too, is there before.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(stages.encode, "SHARD_ROWS", 16)
