@@ -64,10 +64,11 @@ class Rows:
         before = {key: (stamp, old.class_of(label)) for key, stamp, label in old._entries()}
         differing = [key for key in old.keys if key in now and now[key] != before[key]]
         touched = [key for key in differing if now[key][1] == before[key][1] and same_size(now[key][0], before[key][0])]
+        alike = set(touched)
         change = Change(
             added=[key for key in rows.keys if key not in before],
             gone=[key for key in old.keys if key not in now],
-            edited=sorted({*differing} - {*touched}),
+            edited=[key for key in differing if key not in alike],
             touched=touched,
         )
         index = {key: i for i, key in enumerate(rows.keys)}

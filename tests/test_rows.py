@@ -24,7 +24,7 @@ def listing(**images: tuple[str, str]) -> Any:
 
 
 OLD = {"a": ("cat", "1"), "b": ("dog", "2"), "c": ("cat", "3")}
-NO_CHANGE = Change([], [], [])
+NO_CHANGE = Change([], [], [], [])
 
 
 @pytest.fixture
@@ -43,13 +43,14 @@ pytestmark = pytest.mark.parametrize("format", ["zarr"], indirect=True)  # which
     [
         (OLD, "abc", NO_CHANGE),
         (dict(reversed(OLD.items())), "abc", NO_CHANGE),
-        ({"Z": ("dog", "9"), **OLD, "0": ("ant", "8")}, "abcZ0", Change(["Z", "0"], [], [])),
-        ({"a": OLD["a"], "c": OLD["c"]}, "ac", Change([], ["b"], [])),
-        (OLD | {"b": ("dog", "9")}, "abc", Change([], [], ["b"])),
-        (OLD | {"b": ("cat", "2")}, "abc", Change([], [], ["b"])),
-        ({"d": ("cow", "2"), "c": ("cat", "9"), "a": OLD["a"]}, "acd", Change(["d"], ["b"], ["c"])),
+        ({"Z": ("dog", "9"), **OLD, "0": ("ant", "8")}, "abcZ0", Change(["Z", "0"], [], [], [])),
+        ({"a": OLD["a"], "c": OLD["c"]}, "ac", Change([], ["b"], [], [])),
+        (OLD | {"b": ("dog", "9")}, "abc", Change([], [], ["b"], [])),
+        (OLD | {"b": ("cat", "2")}, "abc", Change([], [], ["b"], [])),
+        ({"d": ("cow", "2"), "c": ("cat", "9"), "a": OLD["a"]}, "acd", Change(["d"], ["b"], ["c"], [])),
+        (OLD | {"b": ("dog", "2-later")}, "abc", Change([], [], [], ["b"])),
     ],
-    ids=["nothing", "the order", "added", "gone", "another stamp", "another class", "all at once"],
+    ids=["nothing", "the order", "added", "gone", "another stamp", "another class", "all at once", "another time"],
 )
 def test_a_listing_is_told_from_that_of_the_cache_and_keeps_its_order(
     tmp_path: Path, draft: Draft, now: dict[str, tuple[str, str]], keys: str, change: Change
