@@ -46,6 +46,7 @@ def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
             f"sample.scheduler: {scheduler} cannot draw from a model trained on the {schedule} schedule: use"
             f" {'euler' if flow else 'ddpm or ddim'}"
         )
-    if scheduler == "ddim" and STEPS % steps:
-        # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
-        raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")
+    if not flow and steps > STEPS:
+        raise ValueError(
+            f"sample.steps = {steps}: {scheduler} takes at most {STEPS} steps, one for each timestep of the model"
+        )
