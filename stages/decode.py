@@ -20,7 +20,6 @@ from pipeline.vae import FrozenVae, to_images
 from stages.config import Config
 from stages.device import pick_device
 from stages.pictures import contact_sheet, save_png
-from stages.sample import require_checkpoint, sample_folder
 
 SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes
 _PAGE = """<!doctype html>
@@ -37,24 +36,23 @@ img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
 """
 
 
-def decode(config: Config, run: Path, cache: Path | None) -> Path:
-    """Decode the samples of `run` that `config` describes, or, given `cache`, the first images a class of that cache.
+def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
+    """Decode all latents in `folder`, which are samples, or with `excerpt` the first images a class of a cache.
 
     The folder with images/, grid.png and index.html.
     """
-    folder = cache or sample_folder(config, run, require_checkpoint(run))
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no latents there: run {'encode' if cache else 'sample'} first")
+        raise ValueError(f"{folder}: no latents there: run {'encode' if excerpt else 'sample'} first")
     latents = LatentCache(folder)
     manifest = latents.manifest
     vae = FrozenVae(config.vae.source, pick_device())
     vae.check(manifest.vae, folder)
-    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if cache else np.arange(len(latents))
-    out = folder / "decoded" if cache else folder
+    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if excerpt else np.arange(len(latents))
+    out = folder / "decoded" if excerpt else folder
     names = [f"{latents.rows[i]:06d}-{_file_name(manifest.classes[latents.labels[i]])}.png" for i in chosen]
     made = [out / "index.html", out / "grid.png", *(out / "images" / name for name in names)]
     if all(file.exists() for file in made):
-        print(f"decode: all done: {out}/grid.png")
+        print(f"decode: all done: on one sheet: {out}/grid.png, as a page: {out}/index.html")
         return out
     labels = latents.labels[chosen]
     shown = _first_of_each_class(labels, SHEET_PER_CLASS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ _GAP = 2
 _MIN_TILE = 64  # smaller images are shown enlarged by a whole factor
 
 
-def contact_sheet(images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str] | Mapping[int, str]
+) -> Image.Image:
     """One row a class, its name on the left; `images` are `N H W 3`, `labels` index `names`."""
     tile = _tile(images.shape[1])
     shown = sorted(set(labels))
