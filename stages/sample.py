@@ -95,7 +95,8 @@ def choose_classes(wanted: tuple[str, ...], names: list[str], counts: list[int])
     if not wanted:
         empty = [name for name, count in zip(names, counts, strict=True) if not count]
         if empty:
-            print(f"sample: {len(empty):,} classes without images are left out, the first of them {empty[0]!r}")
+            few = f"{len(empty):,} of {len(names):,}"
+            print(f"sample: {few} classes have no images and are left out, the first of them {empty[0]!r}")
         return [kind for kind, count in enumerate(counts) if count]
     chosen = list(dict.fromkeys(_find_class(each, names) for each in wanted))
     for kind in chosen:
