@@ -90,8 +90,7 @@ def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path
     decoded = torch.cat([to_images(vae.decode(part)) for part in means.split(4)]).cpu().numpy()
     psnrs = [_psnr(a, b) for a, b in zip(images, decoded, strict=True)]
     names = [latents.manifest.classes[label] for label in latents.labels[chosen]]
-    captions = [f"{name} {value:.1f} dB" for name, value in zip(names, psnrs, strict=True)]
-    save_png(pairs_sheet(images, decoded, captions), file)
+    save_png(pairs_sheet(images, decoded, names, [f"{value:.1f} dB" for value in psnrs]), file)
     return _psnr(images, decoded)
 
 
