@@ -117,7 +117,8 @@ def test_classes_of_any_name_go_all_the_way_to_images_and_a_page(world: World, t
     printed = succeed("sample", world.config, tmp_path / "$run's", *given, "sample.per_class=1")
     assert all(line.startswith(("sample: ", "decode: ", "no font ")) for line in printed.splitlines())
     cache = drawn(tmp_path / "$run's")
-    assert sorted(map(Path.as_posix, {Path(key).parent for key in [*cache.keys()]})) == sorted(NAMES)
+    keys = cache.keys()
+    assert sorted(key.split("/")[0] for key in keys) == sorted(NAMES)
     assert [json.loads(line)["row"] for line in (cache.path / "rows.jsonl").read_text().splitlines()] == [*range(10)]
     page = (cache.path / "index.html").read_text(encoding="utf-8")
     links = re.findall(r'src="images/([^"]+)"', page)
