@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 
-class _LocalPath(click.Path):
+class LocalPath(click.Path):
     """A path, in which ~ is the user's home: a shell leaves it in `--run=~/x`, and make in RUN='~/x'."""
 
     def __init__(self, **options: Any) -> None:
@@ -59,15 +59,15 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
         checked = load_config(config, overrides)
         command(checked, run or Path("runs") / checked.name, **kwargs)
 
-    wrapped = click.option("--run", type=_LocalPath(), help="Folder of the run  [default: runs/NAME]")(wrapped)
+    wrapped = click.option("--run", type=LocalPath(), help="Folder of the run  [default: runs/NAME]")(wrapped)
     wrapped = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."
     )(wrapped)
-    config = click.option("--config", type=_LocalPath(), default=Path("configs/solids.yaml"), show_default=True)
+    config = click.option("--config", type=LocalPath(), default=Path("configs/solids.yaml"), show_default=True)
     return _errors_in_one_line(config(wrapped))
 
 
-_cache_option = click.option("--cache", type=_LocalPath(), help="A cache other than the config's.")
+_cache_option = click.option("--cache", type=LocalPath(), help="A cache other than the config's.")
 
 
 @main.command()
@@ -107,8 +107,8 @@ def info(config: Any, run: Path, cache: Path | None) -> None:
 
 
 @main.command()
-@click.argument("source", type=_LocalPath())
-@click.argument("target", type=_LocalPath())
+@click.argument("source", type=LocalPath())
+@click.argument("target", type=LocalPath())
 @click.option("--format", "format_", type=click.Choice(["zarr", "webdataset"]), help="[default: the other one]")
 @_errors_in_one_line
 def convert(source: Path, target: Path, format_: str | None) -> None:
@@ -128,10 +128,10 @@ def train(config: Any, run: Path) -> None:
 
 
 @main.command()
-@click.argument("run", type=_LocalPath(exists=True, file_okay=False))
+@click.argument("run", type=LocalPath(exists=True, file_okay=False))
 @click.option("--width", type=float, required=True, help="Standard deviation, as a share of the run: 0.15, say.")
 @click.option("--images", type=int, help="Images seen at which the average ends  [default: the last snapshot]")
-@click.option("--to", type=_LocalPath(), help="Folder of the new run  [default: RUN-emaWIDTH]")
+@click.option("--to", type=LocalPath(), help="Folder of the new run  [default: RUN-emaWIDTH]")
 @_errors_in_one_line
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
     """Make the average of any width from a RUN with train.ema=power, as a run that sample and decode take."""
@@ -155,7 +155,7 @@ def sample(config: Any, run: Path, latents: bool) -> None:
 
 
 @main.command()
-@click.option("--cache", type=_LocalPath(), help="Decode the first images a class of this cache instead.")
+@click.option("--cache", type=LocalPath(), help="Decode the first images a class of this cache instead.")
 @_stage
 def decode(config: Any, run: Path, cache: Path | None) -> None:
     """Decode the samples that are there to images, a contact sheet and a page."""
@@ -166,8 +166,8 @@ def decode(config: Any, run: Path, cache: Path | None) -> None:
 
 
 @main.command()
-@click.argument("photos", type=_LocalPath())
-@click.option("--to", type=_LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
+@click.argument("photos", type=LocalPath())
+@click.option("--to", type=LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @_errors_in_one_line
 def vae(photos: Path, to: Path, steps: int) -> None:
