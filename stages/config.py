@@ -63,7 +63,7 @@ class Data(Section):
 
 
 class Vae(Section):
-    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id."""
+    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id, as owner/name or owner/name/vae."""
 
     source: Place = "bundled"
 
@@ -164,7 +164,7 @@ class Sample(Section):
     steps: PositiveInt = 25
     guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
     per_class: PositiveInt = 10
-    classes: tuple[str, ...] = ()  # names, or indices as 2 or index:2; none means all
+    classes: tuple[str, ...] = ()  # names as they are written, or indices as 2 or index:2; none means all
     seed: Seed = 0
     batch_size: PositiveInt = 50
 

@@ -71,7 +71,8 @@ def _lines(latents: LatentCache) -> list[str]:
         "std        " + "".join(f"{value:9.3f}" for value in manifest.std),
         f"classes    {len(manifest.classes)}, {counts.min():,} to {counts.max():,} images each",
     ]
-    lines += [f"           {count:9,}  {name}" for name, count in zip(manifest.classes, counts, strict=True)]
+    names = [name if name.isprintable() else repr(name) for name in manifest.classes]
+    lines += [f"           {count:9,}  {name}" for name, count in zip(names, counts, strict=True)]
     failures = latents.lines(FAILURES)
     lines += [f"failed     {line['key']}: {line['reason']}" for line in failures[:10]]
     if len(failures) > 10:
