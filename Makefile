@@ -1,4 +1,4 @@
-# Four stages: encode, train, sample, decode. Each first does what it depends on, and nothing where all is done.
+# Three stages: encode, train, sample, which ends in images. Each first does what it depends on, and nothing where all is done.
 CONFIG ?= configs/solids.yaml
 NPROC  ?= $(if $(GPU),$(GPUS),1)
 SET    ?=
@@ -7,7 +7,12 @@ PYTHON ?= python3
 
 BIN    := .venv/bin
 READY  := .venv/.ready
-ARGS    = --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)') $(if $(RUN),--run $(RUN))
+# the text of a variable, dollars included, as one word for the shell
+quoted  = '$(subst ','\'',$(value $(1)))'
+# SET is split as a shell would do it, but nothing in it is expanded
+SETS    = $(if $(strip $(value SET)),$(or $(shell $(PYTHON) -c $(SPLIT) $(call quoted,SET)),$(error SET: $(value SET): a quote is not closed)))
+SPLIT   = 'import shlex, sys; print(*("--set " + shlex.quote(pair) for pair in shlex.split(sys.argv[1])))' 2>/dev/null
+ARGS    = --config $(call quoted,CONFIG) $(SETS) $(if $(value RUN),--run $(call quoted,RUN))
 GPU    := $(shell command -v nvidia-smi)
 # counted when it is first asked for, by when .venv is there, and once
 GPUS    = $(eval GPUS := $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))$(GPUS)
@@ -21,7 +26,8 @@ FLAGS  ?=
 
 help:  ## this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
-	@echo "  variables: CONFIG=configs/x.yaml  NPROC=n  SET=\"train.lr=1e-3 sample.steps=20\"  RUN=runs/x"
+	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
+	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
 
 setup: $(READY)  ## .venv with pinned versions
 $(READY): pyproject.toml constraints.txt
@@ -30,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-all: decode  ## encode, train, sample and decode: images from nothing
+all: sample  ## encode, train and sample: images from nothing
 
 encode: $(READY)  ## stage one: images to a latent cache
 	$(LAUNCH) encode $(ARGS) $(FLAGS)
@@ -44,14 +50,14 @@ info: encode  ## what the cache holds, and pictures of it
 train: encode  ## stage two: a latent cache to a model
 	$(LAUNCH) train $(ARGS)
 
-sample: train  ## draw latents from the model
+sample: train  ## draw from the model: PNG files, a contact sheet and a page
 	$(BIN)/latentmill sample $(ARGS)
 
-decode: sample  ## latents to PNG files, a contact sheet and a page
+decode: sample  ## what sample ends with: images from latents
 	$(BIN)/latentmill decode $(ARGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
-	$(BIN)/latentmill vae $(PHOTOS)
+	$(BIN)/latentmill vae $(call quoted,PHOTOS)
 
 test: $(READY)  ## the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile

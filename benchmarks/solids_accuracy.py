@@ -22,6 +22,7 @@ from data.cache import LatentCache
 from data.solids import CLASSES, Solids
 from data.storage import publish_json
 from pipeline.vae import FrozenVae, to_images, to_pixels
+from stages.cli import LocalPath
 from stages.config import load_config
 from stages.sample import require_checkpoint, sample
 
@@ -81,9 +82,9 @@ def decode_samples(folder: Path, vae: FrozenVae) -> tuple[Tensor, Tensor]:
 
 
 @click.command(help=__doc__)
-@click.option("--config", "file", type=click.Path(path_type=Path), default=Path("configs/solids.yaml"))
+@click.option("--config", "file", type=LocalPath(), default=Path("configs/solids.yaml"))
 @click.option("--set", "overrides", multiple=True)
-@click.option("--run", type=click.Path(path_type=Path))
+@click.option("--run", type=LocalPath())
 def main(file: Path, overrides: tuple[str, ...], run: Path | None) -> None:
     config = load_config(file, [*overrides, f"sample.per_class={PER_CLASS}"])
     run = run or Path("runs") / config.name

@@ -46,6 +46,27 @@ def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
             f"sample.scheduler: {scheduler} cannot draw from a model trained on the {schedule} schedule: use"
             f" {'euler' if flow else 'ddpm or ddim'}"
         )
-    if scheduler == "ddim" and STEPS % steps:
-        # diffusers' DDIM steps by STEPS // steps between timesteps that lie STEPS / steps apart
-        raise ValueError(f"sample.steps = {steps}: ddim needs a divisor of {STEPS}, such as 20, 25, 40, 50 or 100")
+    if not flow and steps > STEPS:
+        raise ValueError(
+            f"sample.steps = {steps}: {scheduler} takes at most {STEPS} steps, one for each timestep of the model"
+        )
+
+
+def usable_guidance(asked: float, *, label_dropout: float, classes: int) -> tuple[float, str]:
+    """The guidance with which a model of `classes` that was trained with `label_dropout` can be drawn from, and why it
+    is not the one `asked`, in one line, or nothing.
+
+    ValueError for the unconditional model where it was never trained.
+    """
+    usable, why = asked, ""
+    if label_dropout == 1:
+        usable, why = 0.0, "no class was ever trained (train.label_dropout=1), so the class asked for says nothing"
+    elif classes == 1:
+        usable, why = 1.0, "there is one class, from which nothing could be told apart"
+    elif label_dropout == 0 and asked == 0:
+        raise ValueError(
+            "sample.guidance = 0: the null class, which it draws, was never trained (train.label_dropout=0): give 1"
+        )
+    elif label_dropout == 0:
+        usable, why = 1.0, "the null class, which it takes, was never trained (train.label_dropout=0)"
+    return usable, f"sample.guidance = {usable:g}, not {asked:g}: {why}" if usable != asked else ""

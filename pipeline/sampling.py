@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.noise import NoiseProcess
@@ -23,10 +25,10 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
-    """diffusers' scheduler `name` (ddpm, ddim or euler), set to draw in `steps` from a model trained on `noise`.
+    """The scheduler `name` (ddpm, ddim or euler), set to draw in `steps` from a model trained on `noise`.
 
-    `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. Timesteps begin at the noisiest one
-    (`trailing`, Lin et al. 2024, section 3.3). ValueError for a pair that does not go together.
+    `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. ValueError for what does not go
+    together.
     """
     check_sampler(name, steps, noise.schedule)
     if name == "euler":
@@ -34,10 +36,34 @@ def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
         # evenly from 1 to 0; diffusers' default puts the last evaluation at 0.001 and so wastes it
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
         return scheduler
-    kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[name]
-    scheduler = kind(**noise.diffusers_options(), clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(steps)
+    kind = {"ddpm": DDPMScheduler, "ddim": _DDIM}[name]
+    scheduler = kind(**noise.diffusers_options(), clip_sample=False)
+    scheduler.set_timesteps(timesteps=trailing_timesteps(steps).tolist())
     return scheduler
+
+
+def trailing_timesteps(steps: int) -> NDArray[np.int64]:
+    """`steps` timesteps, evenly spaced and falling, the first of them the noisiest (Lin et al. 2024, section 3.3)."""
+    # where 1000 / steps rounds down, arange has one value more, at which diffusers asks for timestep -1
+    return np.round(np.arange(STEPS, 0, -STEPS / steps)[:steps]).astype(np.int64) - 1
+
+
+class _DDIM(DDPMScheduler):
+    """DDIM without added noise on any falling timesteps; diffusers' own goes back by 1000 // steps each time."""
+
+    def step(self, prediction: Tensor, timestep: Tensor, x: Tensor, **_: Any) -> DDPMSchedulerOutput:
+        """From `timestep` to the next of the list, or to no noise after the last (Song et al. 2021, equation 12)."""
+        after = self.previous_timestep(timestep)
+        now, then = self.alphas_cumprod[timestep], self.alphas_cumprod[after] if after >= 0 else self.one
+        alpha, sigma = now.sqrt(), (1 - now).sqrt()
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            clean, noise = (x - sigma * prediction) / alpha, prediction
+        elif kind == "sample":
+            clean, noise = prediction, (x - alpha * prediction) / sigma
+        else:
+            clean, noise = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        return DDPMSchedulerOutput(then.sqrt() * clean + (1 - then).sqrt() * noise)
 
 
 def image_generators(seed: int, indices: list[int]) -> list[torch.Generator]:

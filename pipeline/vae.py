@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from data.manifest import VaeIdentity
 
 BUNDLED = Path(__file__).parent / "bundled_vae"
+_PROBE = 64  # pixels a side of the image that shows how many of them become one latent position
+_WEIGHTS = "diffusion_pytorch_model"
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -32,11 +35,14 @@ class FrozenVae:
     """A pre-trained autoencoder of diffusers (AutoencoderKL or AutoencoderTiny) that is never trained here."""
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
-        """`source` is `bundled`, a folder in diffusers' format, or a hub id. ValueError when it cannot be loaded."""
+        """`source` is `bundled`, a folder in diffusers' format, a hub id, or one followed by `/vae`, a folder in it.
+
+        ValueError, with the way out where there is one, when it cannot be loaded or is no VAE of RGB images.
+        """
         self.source = source
         self.device = torch.device(device)
         self.model = _load(source).requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
-        self.downsampling = 2 ** (len(self.model.config["block_out_channels"]) - 1)
+        self.downsampling = _PROBE // self.encode(torch.zeros(1, 3, _PROBE, _PROBE)).shape[-1]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -81,21 +87,102 @@ class FrozenVae:
 
 
 def _load(source: str) -> Any:
-    from diffusers import AutoencoderKL, AutoencoderTiny
     from diffusers.utils import logging
 
     folder = BUNDLED if source == "bundled" else Path(source)
-    where: str | Path = folder if folder.exists() else source
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    place = {"pretrained_model_name_or_path": folder} if folder.exists() else _on_the_hub(source)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # of an error that it raises, it prints most beforehand
+    logging.set_verbosity(logging.CRITICAL)  # of an error that it raises, diffusers prints most beforehand
     try:
-        name = AutoencoderKL.load_config(where).get("_class_name")
-        if name not in classes:
-            raise ValueError(f"vae.source: {source} is of class {name}; this project reads {' and '.join(classes)}")
-        return classes[name].from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False)
-    except OSError as error:  # what diffusers and the hub raise for a missing folder, file or network
-        reason = str(error).strip().splitlines()[0]
+        if folder.exists() or folder.is_absolute() or source.startswith("."):
+            _check_folder(folder)
+        kind = _class_of(place)
+        return _with_weights(kind, place, [_variant(folder)] if folder.exists() else [None, "fp16"])
+    except (OSError, RuntimeError, ValueError) as error:  # what diffusers and the hub raise for files and networks, too
+        reason = " ".join(str(error).split("\n")[: 2 if isinstance(error, RuntimeError) else 1])
+        if isinstance(error, OSError) and not folder.exists() and _is_pipeline(place):
+            reason = f"it is a whole pipeline: give {source}/vae"
         raise ValueError(f"vae.source: cannot load a VAE from {source!r}: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError, with the way out, where `folder` is none, or none of a model in diffusers' format."""
+    if folder.is_file():
+        way = f"AutoencoderKL.from_single_file({str(folder)!r}).save_pretrained('new-folder')"
+        raise ValueError(f"it is a single file: give a folder in diffusers' format, which {way} of diffusers writes")
+    if not folder.exists():
+        raise ValueError("there is no such folder")
+    if not (folder / "config.json").is_file():
+        if (folder / "vae" / "config.json").is_file():
+            raise ValueError(f"it is a whole pipeline: give {folder / 'vae'}")
+        raise ValueError("there is no config.json in it: give a folder in diffusers' format")
+
+
+def _on_the_hub(source: str) -> dict[str, Any]:
+    """What diffusers is told of a hub id, `owner/name` or `owner/name/folder`."""
+    owner, *rest = source.split("/", 2)
+    if len(rest) == 2 and owner not in ("", ".", ".."):
+        return {"pretrained_model_name_or_path": f"{owner}/{rest[0]}", "subfolder": rest[1]}
+    return {"pretrained_model_name_or_path": source}
+
+
+def _is_pipeline(place: dict[str, Any]) -> bool:
+    """Whether a hub id is that of a pipeline, whose VAE is in a folder of its own."""
+    from diffusers import AutoencoderKL
+
+    if "subfolder" not in place:
+        with contextlib.suppress(OSError):
+            return "_class_name" in AutoencoderKL.load_config(**place, subfolder="vae")
+    return False
+
+
+def _class_of(place: dict[str, Any]) -> Any:
+    """The class of diffusers that a config.json is of; ValueError where it is no VAE of RGB images."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    config = AutoencoderKL.load_config(**place)
+    name, classes = config.get("_class_name"), {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if name not in classes:
+        raise ValueError(f"it is of class {name}; this project reads {' and '.join(classes)}")
+    taken, returned = (config.get(key, 3) for key in ("in_channels", "out_channels"))
+    if (taken, returned) != (3, 3):
+        raise ValueError(f"it takes images of {taken} channels and returns {returned}; images here are RGB, of 3")
+    return classes[name]
+
+
+def _variant(folder: Path) -> str | None:
+    """Which weights are in a VAE's folder: None for the plain ones, or the variant of the only ones, such as fp16."""
+    names = sorted(file.name for file in folder.glob(f"{_WEIGHTS}.*"))
+    if {f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.safetensors.index.json"} & {*names}:
+        return None
+    for name in names:
+        if name.endswith(".safetensors") and name.count(".") == 2:
+            return name.split(".")[1]
+    if any(name.endswith(".bin") for name in names):
+        way = f"AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained('new-folder')"
+        raise ValueError(
+            f"its weights are .bin, pickles, which are never loaded: if you trust them, {way} converts them"
+        )
+    raise ValueError(f"there is no {_WEIGHTS}.safetensors beside its config.json")
+
+
+def _with_weights(kind: Any, place: dict[str, Any], variants: list[str | None]) -> Any:
+    """The model, in float32, with the first of `variants` of its weights that can be read."""
+    first: OSError | None = None
+    for variant in variants:
+        try:
+            model, loaded = kind.from_pretrained(
+                **place, variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+        except OSError as error:
+            first = first or error
+            continue
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing, the first of them {missing[0]}")
+        if variant:
+            print(f"vae.source: {place['pretrained_model_name_or_path']} has weights of the variant {variant} alone")
+        return model
+    assert first
+    raise first

@@ -12,6 +12,16 @@ from typing import Any
 import click
 
 
+class LocalPath(click.Path):
+    """A path, in which ~ is the user's home: a shell leaves it in `--run=~/x`, and make in RUN='~/x'."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main() -> None:
     """Class-conditional latent diffusion: images -> latent cache -> model -> samples -> images.
@@ -51,19 +61,15 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
         check_outputs(checked, run)
         command(checked, run, **kwargs)
 
-    wrapped = click.option("--run", type=click.Path(path_type=Path), help="Folder of the run  [default: runs/NAME]")(
-        wrapped
-    )
+    wrapped = click.option("--run", type=LocalPath(), help="Folder of the run  [default: runs/NAME]")(wrapped)
     wrapped = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."
     )(wrapped)
-    config = click.option(
-        "--config", type=click.Path(path_type=Path), default=Path("configs/solids.yaml"), show_default=True
-    )
+    config = click.option("--config", type=LocalPath(), default=Path("configs/solids.yaml"), show_default=True)
     return _errors_in_one_line(config(wrapped))
 
 
-_cache_option = click.option("--cache", type=click.Path(path_type=Path), help="A cache other than the config's.")
+_cache_option = click.option("--cache", type=LocalPath(), help="A cache other than the config's.")
 
 
 @main.command()
@@ -103,8 +109,8 @@ def info(config: Any, run: Path, cache: Path | None) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", type=LocalPath())
+@click.argument("target", type=LocalPath())
 @click.option("--format", "format_", type=click.Choice(["zarr", "webdataset"]), help="[default: the other one]")
 @_errors_in_one_line
 def convert(source: Path, target: Path, format_: str | None) -> None:
@@ -124,10 +130,10 @@ def train(config: Any, run: Path) -> None:
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run", type=LocalPath(exists=True, file_okay=False))
 @click.option("--width", type=float, required=True, help="Standard deviation, as a share of the run: 0.15, say.")
 @click.option("--images", type=int, help="Images seen at which the average ends  [default: the last snapshot]")
-@click.option("--to", type=click.Path(path_type=Path), help="Folder of the new run  [default: RUN-emaWIDTH]")
+@click.option("--to", type=LocalPath(), help="Folder of the new run  [default: RUN-emaWIDTH]")
 @_errors_in_one_line
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
     """Make the average of any width from a RUN with train.ema=power, as a run that sample and decode take."""
@@ -137,27 +143,33 @@ def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
 
 
 @main.command()
+@click.option("--latents", is_flag=True, help="Draw latents alone, and leave the images to decode.")
 @_stage
-def sample(config: Any, run: Path) -> None:
-    """Draw latents from the newest checkpoint of the run."""
+def sample(config: Any, run: Path, latents: bool) -> None:
+    """Draw from the newest checkpoint of the run: images, a contact sheet and a page."""
     from stages.sample import sample
 
-    sample(config, run)
+    folder = sample(config, run)
+    if not latents:
+        from stages.decode import decode
+
+        decode(config, folder)
 
 
 @main.command()
-@click.option("--cache", type=click.Path(path_type=Path), help="Decode the first images a class of this cache instead.")
+@click.option("--cache", type=LocalPath(), help="Decode the first images a class of this cache instead.")
 @_stage
 def decode(config: Any, run: Path, cache: Path | None) -> None:
-    """Decode the samples of the run to images, a contact sheet and a page."""
+    """Decode the samples that are there to images, a contact sheet and a page."""
     from stages.decode import decode
+    from stages.sample import drawn_folder
 
-    decode(config, run, cache)
+    decode(config, cache or drawn_folder(config, run), excerpt=cache is not None)
 
 
 @main.command()
-@click.argument("photos", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), default=Path("pipeline/bundled_vae"), show_default=True)
+@click.argument("photos", type=LocalPath())
+@click.option("--to", type=LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @_errors_in_one_line
 def vae(photos: Path, to: Path, steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,12 +21,15 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from pipeline.pairs import check_noise, check_sampler, check_weighting, check_width
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, a URL or a name
 
 
 class Section(BaseModel):
@@ -34,27 +39,41 @@ class Section(BaseModel):
 class Data(Section):
     """The images: a folder, archives or a URL (docs/data.md), or `solids`, which are drawn from a seed."""
 
-    source: str = "solids"
+    source: Place = "solids"
     image_size: PositiveInt = 64
     count: PositiveInt = 6_000  # of solids; a folder has as many as it has
     seed: Seed = 0  # of solids
-    image_column: str | None = (
-        None  # of Parquet files: the column of images; of tars: their suffix; where there are several
-    )
-    label_column: str | None = None  # of Parquet files and metadata lists: the column of classes, where it is not found
-    matte: str = Field("white", pattern="^([a-z]+|#[0-9a-fA-F]{6})$")  # colour behind transparent images
+    image_column: str | None = None  # the column of images of Parquet files, or the suffix of those of tars, of several
+    label_column: str | None = None  # the column of classes of Parquet files and lists, where it is called otherwise
+    matte: str = "#ffffff"  # colour behind transparent images: any that Pillow knows, kept as #rrggbb
+
+    @field_validator("matte", mode="before")
+    @classmethod
+    def _color(cls, value: Any) -> str:
+        from PIL import ImageColor
+
+        if value is None:
+            raise ValueError("no colour is there; one that begins with # needs quotes in YAML, as '#FFF'")
+        try:
+            rgb = ImageColor.getrgb(str(value))
+        except ValueError:
+            known = "white, '#FFF' or rgb(255, 0, 0)"
+            raise ValueError(f"{_BRIEF.repr(value)} is no colour that Pillow knows, such as {known}") from None
+        if len(rgb) != 3 or max(rgb) > 255:
+            raise ValueError(f"{value!r}: give red, green and blue alone, up to 255: what lies behind is opaque")
+        return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 class Vae(Section):
-    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id."""
+    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id, as owner/name or owner/name/vae."""
 
-    source: str = "bundled"
+    source: Place = "bundled"
 
 
 class Cache(Section):
     """Where and how latents are kept."""
 
-    path: Path = Path("caches/solids")
+    path: LocalPath = Path("caches/solids")
     format: Literal["zarr", "webdataset"] = "zarr"
     store: Literal["moments", "mean"] = "moments"
     dtype: Literal["float16", "float32"] = "float16"
@@ -97,7 +116,7 @@ class Train(Section):
     """Training on one clock: images seen. All lengths below are in images. docs/training.md says more of most keys."""
 
     images: PositiveInt = 40_000
-    init: Path | None = None  # a run or checkpoint whose averaged weights this run begins with: fine-tuning
+    init: LocalPath | None = None  # a run or checkpoint whose averaged weights this run begins with: fine-tuning
     batch_size: PositiveInt | Literal["auto"] = 16  # of all processes; auto: as many as there is memory for
     accumulate: PositiveInt = 1  # parts in which a process takes its share of a batch, to need less memory
     gradient_checkpointing: bool = False  # less memory for a second forward pass
@@ -144,13 +163,11 @@ class Train(Section):
 class Sample(Section):
     """What is drawn from a trained model."""
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)  # classes may be given by number
-
     scheduler: Literal["ddpm", "ddim", "euler"] = "euler"
     steps: PositiveInt = 25
     guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
     per_class: PositiveInt = 10
-    classes: tuple[str, ...] = ()  # names or numbers; none means all
+    classes: tuple[str, ...] = ()  # names as they are written, or indices as 2 or index:2; none means all
     seed: Seed = 0
     batch_size: PositiveInt = 50
 
@@ -178,23 +195,50 @@ _BRIEF = reprlib.Repr()  # of a value in an error: a few aliases in YAML can sta
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 
+_TEXTS = ("name", "source", "path", "init", "matte")  # keys whose values stay as they are written
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without two surprises: `1e-4` is a number, and a key given twice is an error."""
+    """YAML whose numbers are decimal (`010` is ten, `1e-4` is a number, `12:30` is none), whose names stay as they are
+    written, and in which a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"line {node.start_mark.line + 1}: {key} is given twice")
+        self.flatten_mapping(node)
+        node.value = [(key, _as_written(key.value, value)) for key, value in node.value]
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+def _as_written(key: str, node: yaml.Node) -> yaml.Node:
+    """The value of `key` with words that stay as they are written: a folder may be called 007, a class no or 1e3."""
+    if key in _TEXTS and isinstance(node, yaml.ScalarNode) and node.tag != _NULL:
+        return yaml.ScalarNode(_TEXT, node.value)
+    if key != "classes":
+        return node
+    entries = [node]
+    if isinstance(node, yaml.SequenceNode):
+        entries = node.value
+    elif isinstance(node, yaml.ScalarNode) and not node.style:  # without brackets or quotes: 2, or cat, dog
+        entries = [yaml.ScalarNode(_TEXT, part.strip()) for part in node.value.split(",") if part.strip()]
+    texts = [yaml.ScalarNode(_TEXT, entry.value) if isinstance(entry, yaml.ScalarNode) else entry for entry in entries]
+    return yaml.SequenceNode("tag:yaml.org,2002:seq", texts)
+
+
+_TEXT, _NULL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "int", "float"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    _FLOAT,
+    re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$|^[-+]?\.(?i:inf)$|^\.(?i:nan)$"),
+    list("-+.0123456789"),
 )
+_Loader.add_constructor(_INT, lambda loader, node: int(node.value.replace("_", "")))
 
 
 def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
@@ -205,9 +249,9 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     if not file.is_file():
         raise ValueError(f"--config: no such file: {file}")
     try:
-        values = _parse(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a config is a mapping of sections, this is a {type(values).__name__}")
@@ -239,13 +283,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _parse(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -256,9 +293,18 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {section} is not a section")
     try:
-        values[last] = _parse(text)
-    except ValueError as error:
-        raise ValueError(f"--set {override}: {error}") from None
+        values.update(_given(last, text))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--set {override}: {' '.join(str(error).split())}") from None
+
+
+def _given(key: str, text: str) -> dict[str, Any]:
+    """`key` and its value on the command line, which is YAML but for two things: a path may hold what YAML gives a
+    meaning, unless it is quoted, and a value that begins with # is no remark."""
+    literal = text.startswith("#") or (key in _TEXTS and text not in ("", "~", "null") and text[0] not in "'\"")
+    loader = _Loader("" if literal else text)
+    value = yaml.ScalarNode(_TEXT, text) if literal else loader.get_single_node() or yaml.ScalarNode(_NULL, "")
+    return loader.construct_document(yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode(_TEXT, key), value)]))
 
 
 def _explain(error: Any) -> str:

@@ -7,6 +7,8 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from pipeline.vae import FrozenVae, to_images
 from stages.config import Config
 from stages.device import pick_device
 from stages.pictures import contact_sheet, save_png
-from stages.sample import require_checkpoint, sample_folder
 
+_NAME_BYTES = 100  # of a class in a file's name
 SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -37,24 +39,23 @@ img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
 """
 
 
-def decode(config: Config, run: Path, cache: Path | None) -> Path:
-    """Decode the samples of `run` that `config` describes, or, given `cache`, the first images a class of that cache.
+def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
+    """Decode all latents in `folder`, which are samples, or with `excerpt` the first images a class of a cache.
 
     The folder with images/, grid.png and index.html.
     """
-    folder = cache or sample_folder(config, run, require_checkpoint(run))
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no latents there: run {'encode' if cache else 'sample'} first")
+        raise ValueError(f"{folder}: no latents there: run {'encode' if excerpt else 'sample'} first")
     latents = LatentCache(folder)
     manifest = latents.manifest
     vae = FrozenVae(config.vae.source, pick_device())
     vae.check(manifest.vae, folder)
-    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if cache else np.arange(len(latents))
-    out = folder / "decoded" if cache else folder
+    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if excerpt else np.arange(len(latents))
+    out = folder / "decoded" if excerpt else folder
     names = [f"{latents.rows[i]:06d}-{_file_name(manifest.classes[latents.labels[i]])}.png" for i in chosen]
     made = [out / "index.html", out / "grid.png", *(out / "images" / name for name in names)]
     if all(file.exists() for file in made):
-        print(f"decode: all done: {out}/grid.png")
+        print(f"decode: all done: on one sheet: {out}/grid.png, as a page: {out}/index.html")
         return out
     labels = latents.labels[chosen]
     shown = _first_of_each_class(labels, SHEET_PER_CLASS)
@@ -90,16 +91,21 @@ def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.in
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
+    """The name of a class as a part of a file's, which may have 255 bytes; equal ones differ in the index before it."""
+    safe = re.sub(r"[^\w.-]+", "_", normalize("NFC", name))
+    return safe.encode()[:_NAME_BYTES].decode(errors="ignore") or "_"
 
 
 def _page(folder: Path, title: str, labels: list[int], names: list[str], classes: tuple[str, ...]) -> str:
     """A page with every image under its class, for a browser on this machine: it links to images/."""
     sections = []
     for kind in sorted(set(labels)):
-        mine = [html.escape(name) for name, label in zip(names, labels, strict=True) if label == kind]
+        mine = [name for name, label in zip(names, labels, strict=True) if label == kind]
         caption = html.escape(classes[kind])
-        pictures = "".join(f'<img src="images/{name}" title="{name}" alt="{caption}" loading="lazy">' for name in mine)
+        pictures = "".join(
+            f'<img src="images/{quote(name)}" title="{html.escape(name)}" alt="{caption}" loading="lazy">'
+            for name in mine
+        )
         sections.append(f"<h2>{caption}</h2>\n<div>{pictures}</div>\n")
     summary = f"{len(names)} images, {html.escape(folder.name)}"
     return _PAGE.format(title=html.escape(title), summary=summary, sections="".join(sections))

@@ -78,7 +78,8 @@ def _lines(latents: LatentCache) -> list[str]:
         "std        " + "".join(f"{value:9.3f}" for value in manifest.std),
         f"classes    {len(manifest.classes)}, {_range(counts)} each",
     ]
-    lines += [f"           {count:9,}  {name}" for name, count in zip(manifest.classes, counts, strict=True)]
+    names = [name if name.isprintable() else repr(name) for name in manifest.classes]
+    lines += [f"           {count:9,}  {name}" for name, count in zip(names, counts, strict=True)]
     failures = latents.lines(FAILURES)
     lines += [f"failed     {line['key']}: {line['reason']}" for line in failures[:10]]
     if len(failures) > 10:
@@ -102,8 +103,7 @@ def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path
     decoded = torch.cat([to_images(vae.decode(part)) for part in means.split(4)]).cpu().numpy()
     psnrs = [_psnr(a, b) for a, b in zip(images, decoded, strict=True)]
     names = [latents.manifest.classes[label] for label in latents.labels[chosen]]
-    captions = [f"{name} {value:.1f} dB" for name, value in zip(names, psnrs, strict=True)]
-    save_png(pairs_sheet(images, decoded, captions), file)
+    save_png(pairs_sheet(images, decoded, names, [f"{value:.1f} dB" for value in psnrs]), file)
     return len(chosen), _psnr(images, decoded)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from stages.config import Sample
 from stages.pictures import contact_sheet, save_png, strip
 
 PER_CLASS = 4
-CLASSES = 10  # of a preview: the first ones
+PREVIEWED = 10  # classes of a preview: the first ones with images
 STRIP = "previews.png"
 _STRIP_ROWS = 12
 
@@ -30,12 +30,12 @@ def draw_preview(
     noise: NoiseProcess,
     normalization: Normalization,
     vae: FrozenVae,
-    classes: Sequence[str],
+    classes: Mapping[int, str],
     settings: Sample,
 ) -> None:
-    """Publish a contact sheet of samples at fixed seeds, with the sampler and the guidance of `settings`."""
-    names = classes[:CLASSES]
-    labels = torch.arange(len(names), device=vae.device).repeat(PER_CLASS)
+    """Publish a contact sheet of samples of `classes`, index to name, at fixed seeds, with the sampler and the guidance
+    of `settings`."""
+    labels = torch.tensor(list(classes), device=vae.device).repeat(PER_CLASS)
     size = model.config["sample_size"]
     latents = draw(
         guided(model, labels, settings.guidance),
@@ -44,9 +44,9 @@ def draw_preview(
         generators=image_generators(settings.seed, list(range(len(labels)))),
         device=vae.device,
     )
-    parts = normalization.denormalize(latents).split(len(names))  # a larger VAE has no room for all at once
+    parts = normalization.denormalize(latents).split(len(classes))  # a larger VAE has no room for all at once
     images = torch.cat([to_images(vae.decode(part)) for part in parts]).cpu().numpy()
-    save_png(contact_sheet(images, labels.tolist(), names), file)
+    save_png(contact_sheet(images, labels.tolist(), classes), file)
 
 
 def draw_strip(run: Path, *, size: int, classes: int) -> None:
@@ -59,4 +59,4 @@ def draw_strip(run: Path, *, size: int, classes: int) -> None:
     chosen = [files[round(i * last / max(rows - 1, 1))] for i in range(rows)]
     sheets = [Image.open(file).convert("RGB") for file in chosen]
     captions = [f"{int(file.stem):,}" for file in chosen]
-    save_png(strip(sheets, captions, size=size, classes=min(classes, CLASSES)), run / STRIP)
+    save_png(strip(sheets, captions, size=size, classes=classes), run / STRIP)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from data.storage import publish_json
 from data.writer import CacheWriter
 from pipeline.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.noise import NoiseProcess
+from pipeline.pairs import usable_guidance
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from stages.config import Config, Sample
 from stages.device import pick_device
@@ -31,7 +34,7 @@ SAMPLES = "samples.json"
 def sample(config: Config, run: Path) -> Path:
     """Draw `sample.per_class` images of every class asked for; the folder with their latents."""
     checkpoint = require_checkpoint(run)
-    chosen = choose_classes(config.sample.classes, checkpoint.state["classes"])
+    config, chosen = settle(config, checkpoint)
     labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
     folder = sample_folder(config, run, checkpoint)
     names = checkpoint.state["classes"]
@@ -51,6 +54,28 @@ def sample(config: Config, run: Path) -> Path:
     return folder
 
 
+def drawn_folder(config: Config, run: Path) -> Path:
+    """The folder in which the samples that `config` describes are, or would be."""
+    checkpoint = require_checkpoint(run)
+    return sample_folder(settle(config, checkpoint)[0], run, checkpoint)
+
+
+def settle(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[int]]:
+    """`config` with the guidance and the names of the classes that are drawn, and their indices. What is not as it was
+    asked for is said in a line, or refused with a ValueError."""
+    state, asked = checkpoint.state, config.sample
+    chosen = choose_classes(asked.classes, state["classes"], state["class_counts"])
+    guidance, line = usable_guidance(
+        asked.guidance, label_dropout=state["train"]["label_dropout"], classes=len(state["classes"])
+    )
+    if line:
+        print(line)
+    every = chosen == list(range(len(state["classes"])))
+    names = () if every else tuple(state["classes"][kind] for kind in chosen)
+    settled = asked.model_copy(update={"guidance": guidance, "classes": names})
+    return config.model_copy(update={"sample": settled}), chosen
+
+
 def require_checkpoint(run: Path) -> Checkpoint:
     """The newest whole checkpoint of a run; ValueError when there is none."""
     checkpoint, passed_over = newest_checkpoint(run)
@@ -61,25 +86,50 @@ def require_checkpoint(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def choose_classes(wanted: tuple[str, ...], names: list[str]) -> list[int]:
-    """Numbers of the classes `wanted`, given as names or numbers; none means all. ValueError for an unknown one."""
+def choose_classes(wanted: tuple[str, ...], names: list[str], counts: list[int]) -> list[int]:
+    """Indices of the classes `wanted`, each given as its name, its index or `index:2`; none means all with images.
+
+    A name wins over an index, which is said. `counts` are the images of each class that the model was trained on.
+    ValueError for a class that is not there or was never trained.
+    """
     if not wanted:
-        return list(range(len(names)))
-    numbers = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for name in wanted:
-        if name not in numbers:
-            raise ValueError(
-                f"sample.classes: no class {name!r}: choose from {', '.join(names)} or 0 to {len(names) - 1}"
-            )
-    return [numbers[name] for name in wanted]
+        empty = [name for name, count in zip(names, counts, strict=True) if not count]
+        if empty:
+            few = f"{len(empty):,} of {len(names):,}"
+            print(f"sample: {few} classes have no images and are left out, the first of them {empty[0]!r}")
+        return [kind for kind, count in enumerate(counts) if count]
+    chosen = list(dict.fromkeys(_find_class(each, names) for each in wanted))
+    for kind in chosen:
+        if not counts[kind]:
+            raise ValueError(f"sample.classes: {names[kind]!r} had no images in training: nothing is known of it")
+    return chosen
+
+
+def _find_class(wanted: str, names: list[str]) -> int:
+    indices = {form: kind for kind in range(len(names)) for form in (str(kind), f"index:{kind}")}
+    same = [kind for kind, name in enumerate(names) if name == wanted] or [
+        kind for kind, name in enumerate(names) if normalize("NFC", name) == normalize("NFC", wanted)
+    ]
+    if not same and wanted in indices:
+        return indices[wanted]
+    if not same:
+        close = difflib.get_close_matches(wanted, names, n=3)
+        known = [repr(name) for name in dict.fromkeys([*close, *names[:10]])] + ["..."] * (len(names) > 10)
+        raise ValueError(
+            f"sample.classes: no class {wanted!r}: choose from {', '.join(known)} or the indices 0 to {len(names) - 1}"
+        )
+    if indices.get(wanted, same[0]) != same[0]:
+        index = indices[wanted]
+        print(f"sample: {wanted!r} is the class of that name; index:{index} is the class {names[index]!r}")
+    return same[0]
 
 
 def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
-    """A folder whose name says how its samples were drawn; the classes are in it where not all were asked for."""
+    """A folder whose name says how its samples were drawn; the classes are in it where they are not all."""
     s = config.sample
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
     if s.classes:
-        tag += "-" + digest(s.classes)[:8]
+        tag += "-" + digest([json.dumps(s.classes)])[:8]
     return run / "samples" / tag
 
 

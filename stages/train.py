@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -33,11 +34,12 @@ from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Draws, Objective, coordinate_seed, draw_latents
 from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers, set_lr
+from pipeline.pairs import usable_guidance
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config, dump_config
 from stages.launch import Preemption, computer, connect, describe, in_background
-from stages.preview import draw_preview, draw_strip
+from stages.preview import PREVIEWED, draw_preview, draw_strip
 from stages.start import (
     as_json,
     begin_with,
@@ -94,6 +96,12 @@ class Trainer:
         cache = LatentCache(config.cache.path)
         self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
         self.manifest = cache.manifest
+        self.class_counts = np.bincount(cache.labels, minlength=len(self.manifest.classes))
+        self.guidance, line = usable_guidance(
+            config.sample.guidance, label_dropout=config.train.label_dropout, classes=len(self.manifest.classes)
+        )
+        if line:
+            accelerator.print(f"train: previews: {line}")
         if self.main:  # which alone draws previews
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
@@ -331,6 +339,8 @@ class Trainer:
             "images_seen": self.images_seen,
             "batch_size": self.batch_size,
             "classes": self.manifest.classes,
+            "class_counts": self.class_counts.tolist(),
+            "train": settings.model_dump(mode="json", exclude={"tracker"}),
             "noise": asdict(self.noise),
             "normalization": as_json(self.normalization),
             "image_size": self.manifest.image_size,
@@ -387,14 +397,15 @@ class Trainer:
             return
         model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()
         model.load_state_dict(average)
+        shown = np.flatnonzero(self.class_counts)[:PREVIEWED].tolist()  # of others nothing is learnt
         draw_preview(
             self.run / "previews" / f"{self.images_seen:09d}.png",
             model,
             noise=self.noise,
             normalization=self.normalization,
             vae=self.vae,
-            classes=self.manifest.classes,
-            settings=self.config.sample,
+            classes={kind: self.manifest.classes[kind] for kind in shown},
+            settings=self.config.sample.model_copy(update={"guidance": self.guidance}),
         )
         draw_curves(self.run)
-        draw_strip(self.run, size=self.manifest.image_size, classes=len(self.manifest.classes))
+        draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from data.storage import append_line, publish
 from pipeline.cost import peak_flops
 from pipeline.pairs import STEPS
+from stages.pictures import draw_texts, save_png
 
 LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
@@ -170,10 +172,12 @@ def draw_curves(run: Path) -> None:
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter("{x:.3g}")
     axes[1][1].set_ylim(bottom=0)
-    figure.suptitle(run.resolve().name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    publish(run / CURVES, buffer.getvalue())
+    image = Image.open(buffer).convert("RGB")
+    (name,) = draw_texts([run.resolve().name], size=16, width=image.width - 40)  # to matplotlib, $ is mathematics
+    image.paste(name, ((image.width - name.width) // 2, 6))
+    save_png(image, run / CURVES)
 
 
 def _duration(seconds: float) -> str:

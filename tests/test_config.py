@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from stages.config import Config, dump_config, load_config
+from stages.config import _TEXTS, Config, Sample, dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,8 +106,136 @@ def test_an_override_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         load(tmp_path, "", "model.channels=[8")
 
 
-def test_classes_may_be_given_by_number(tmp_path: Path) -> None:
-    assert load(tmp_path, "", "sample.classes=[0, cat]").sample.classes == ("0", "cat")
+WORDS = [
+    *("010", "007", "no", "yes", "On", "null", "~", "1e3", "1_000", "12:30", "2020-01-01", "0x10", "1.0", ".5", ".inf"),
+    *("+1", "-1", "1e-3", "0o7", "0b1", "index:2", "cat", "n01440764", "кот", "猫", "a b", "a#b", "<<", "=", "cat.1"),
+]
+QUOTED = [
+    "",
+    "a, b",
+    "it's",
+    'say "x"',
+    "a: b",
+    "#x",
+    "[x]",
+    "x\ny",
+    "\t",
+    "  x ",
+    "é",
+    "e\u0301",
+    "*x",
+    "&x",
+    "!x",
+    "🐶",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_classes_are_what_was_written(tmp_path: Path, word: str) -> None:
+    assert load(tmp_path, f"sample: {{classes: [{word}, cat]}}").sample.classes == (word, "cat")
+    assert load(tmp_path, f"sample:\n  classes:\n    - {word}\n    - cat\n").sample.classes == (word, "cat")
+    for text in (f"[{word}]", word, f'"{word}"', f"['{word}']", f"!!str {word}"):
+        assert load(tmp_path, "", f"sample.classes={text}").sample.classes == (word,)
+        assert load(tmp_path, f"sample:\n  classes: {text}\n").sample.classes == (word,)
+    assert load(tmp_path, "", f"sample={{classes: [{word}]}}").sample.classes == (word,)
+
+
+@pytest.mark.parametrize("name", [*WORDS, *QUOTED])
+def test_any_name_of_a_class_is_dumped_and_loaded_as_it_is(tmp_path: Path, name: str) -> None:
+    config = Config(sample=Sample(classes=(name, "cat")))
+    assert load(tmp_path, dump_config(config)) == config
+    assert load(tmp_path, "", f"sample.classes=[{json.dumps(name, ensure_ascii=False)}]").sample.classes == (name,)
+
+
+def test_an_alias_or_a_merged_key_stands_for_classes_as_they_were_written(tmp_path: Path) -> None:
+    text = "train: {seed: &n 010}\nsample: {seed: 3, classes: [*n, 1]}\n"
+    assert load(tmp_path, text).sample.classes == ("010", "1")
+    merged = "sample: {<<: {classes: [010, no]}, steps: 3}\n"
+    assert load(tmp_path, merged).sample.classes == ("010", "no")
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [("2", ("2",)), ("cat", ("cat",)), ("cat, 010", ("cat", "010")), ("", ()), ("[]", ()), ("#1", ("#1",))],
+)
+def test_classes_need_no_brackets(tmp_path: Path, text: str, classes: tuple[str, ...]) -> None:
+    assert load(tmp_path, "", f"sample.classes={text}").sample.classes == classes
+
+
+@pytest.mark.parametrize("text", ["[[cat]]", "{cat: 1}", "[cat: 1]"])
+def test_classes_of_another_shape_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"small\.yaml: sample\.classes\.0 = [^\n]+\Z"):
+        load(tmp_path, "", f"sample.classes={text}")
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("0123", 123), ("1_000", 1000), ("+5", 5), ("08", 8)])
+def test_whole_numbers_are_decimal(tmp_path: Path, text: str, number: int) -> None:
+    assert load(tmp_path, f"train:\n  seed: {text}\n").train.seed == number
+    assert load(tmp_path, "", f"train.seed={text}").train.seed == number
+    assert load(tmp_path, "", f"train.lr={text}").train.lr == number
+
+
+@pytest.mark.parametrize("text", ["12:30", "0x10", "0b11", "1:30.5", "2020-01-01"])
+@pytest.mark.parametrize("key", ["train.images", "train.lr"])
+def test_numbers_of_another_base_are_refused_and_not_guessed(tmp_path: Path, key: str, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"small\.yaml: {key} = [^\n]+\Z"):
+        load(tmp_path, "", f"{key}={text}")
+
+
+@pytest.mark.parametrize("word", ["007", "no", "1e3", "2020-01-01", "12:30", "0x10", "a: b", "@x", "a #b", "[x]", "*"])
+def test_paths_and_names_are_what_was_written(tmp_path: Path, word: str) -> None:
+    config = load(tmp_path, "", f"data.source={word}", f"cache.path={word}", f"name={word}", f"train.init={word}")
+    assert (config.data.source, config.name) == (word, word)
+    assert (str(config.cache.path), str(config.train.init)) == (word, word)
+    assert load(tmp_path, dump_config(config)) == config
+    assert load(tmp_path, "", f"data.source='{word}'", f'vae.source="{word}"').data.source == word
+
+
+def test_a_path_in_a_file_is_what_was_written(tmp_path: Path) -> None:
+    config = load(tmp_path, "name: 007\ndata: {source: 010}\ncache: {path: 1e3}\ntrain: {init: null}\n")
+    assert (config.name, config.data.source, str(config.cache.path)) == ("007", "010", "1e3")
+    assert config.train.init is None
+
+
+def test_every_key_of_a_path_or_name_keeps_what_was_written() -> None:
+    sections = [field.annotation for field in Config.model_fields.values() if field.annotation is not str]
+    fields = [pair for each in (*sections, Config) for pair in each.model_fields.items()]  # type: ignore[union-attr]
+    assert {name for name, field in fields if field.annotation in (str, Path) or "Path" in str(field.annotation)} == {
+        *_TEXTS
+    }
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "data: {source: ~/photos}\nvae: {source: ~/vae}\ncache: {path: ~/cache}\ntrain: {init: ~/runs/x}\n"
+    config = load(tmp_path, text)
+    assert [config.data.source, config.vae.source] == [f"{tmp_path}/photos", f"{tmp_path}/vae"]
+    assert [config.cache.path, config.train.init] == [tmp_path / "cache", tmp_path / "runs" / "x"]
+    assert load(tmp_path, "", "data.source=s3://bucket/~/x").data.source == "s3://bucket/~/x"
+
+
+@pytest.mark.parametrize(
+    "color",
+    ["white", "White", "#FFF", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "rgb(100%,100%,100%)", "hsl(0,0%,100%)"],
+)
+def test_a_matte_is_any_colour_that_pillow_knows_and_equal_ones_are_the_same(tmp_path: Path, color: str) -> None:
+    assert load(tmp_path, "", f"data.matte={color}") == Config(name="small")
+    assert load(tmp_path, f"data: {{matte: '{color}'}}").data == Config().data
+    assert load(tmp_path, "", "data.matte=rebeccapurple").data.matte == "#663399"
+
+
+@pytest.mark.parametrize(
+    "color", ["blurple", "#FFFF0080", "#FFF8", "rgba(1,2,3,4)", "rgb(300, 0, 0)", "#12345", "", "0", "x" * 200]
+)
+def test_a_matte_that_is_no_opaque_colour_is_refused_at_once(tmp_path: Path, color: str) -> None:
+    with pytest.raises(ValueError, match=r"small\.yaml: data\.matte: [^\n]+\Z") as caught:
+        load(tmp_path, f"data: {{matte: '{color}'}}")
+    assert color[:20] in str(caught.value)
+
+
+def test_a_matte_that_yaml_takes_for_a_remark_is_told_to_be_quoted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.matte: .* needs quotes in YAML, as '#FFF'$"):
+        load(tmp_path, "data:\n  matte: #FFF\n")
 
 
 @pytest.mark.parametrize("text", ["name: a\nname: b\n", "train:\n  lr: 1\n  lr: 2\n"])

@@ -6,9 +6,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from pipeline.noise import STEPS, NoiseProcess
@@ -225,16 +226,92 @@ def test_where_all_data_is_one_point_deterministic_samplers_land_on_it(
 
 
 @pytest.mark.parametrize("steps", [60, 150, 600])
-@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair[0] != "ddim"], ids=title)
+@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair not in BIASED], ids=title)
 def test_the_number_of_steps_need_not_divide_that_of_training(name: str, noise: NoiseProcess, steps: int) -> None:
     x = sample(noise, name, exact(noise, MEAN, STD), steps)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
 
 
-@pytest.mark.parametrize("noise", DISCRETE)
-def test_ddim_refuses_steps_that_it_would_take_wrongly(noise: NoiseProcess) -> None:
-    with pytest.raises(ValueError, match=r"^sample.steps = 60: ddim needs a divisor of 1000"):
-        sample(noise, "ddim", exact(noise, MEAN, STD), steps=60)
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_any_number_of_steps_goes_evenly_from_the_noisiest_timestep_to_no_noise(name: str) -> None:
+    for steps in range(1, STEPS + 1):
+        scheduler = make_scheduler(name, DISCRETE[0], steps)
+        path = [*scheduler.timesteps.tolist(), int(scheduler.previous_timestep(scheduler.timesteps[-1]))]
+        sizes = -np.diff(path)
+        assert (len(sizes), path[0], path[-1]) == (steps, STEPS - 1, -1)
+        assert sizes.min() >= 1
+        assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 10, 25, 50, 250, 1000])
+@pytest.mark.parametrize("noise", [*DISCRETE[:3], *TO_PURE_NOISE], ids=title)
+@pytest.mark.parametrize(("name", "theirs"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
+def test_where_the_steps_divide_those_of_training_samples_are_those_of_diffusers(
+    name: str, theirs: Any, noise: NoiseProcess, steps: int
+) -> None:
+    scheduler = theirs(**noise.diffusers_options(), clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    denoise, options = exact(noise, MEAN, STD), {"shape": (4, 2, 2), "device": torch.device("cpu")}
+    ours, expected = (
+        draw(denoise, each, generators=image_generators(0, [0, 1]), **options)
+        for each in (make_scheduler(name, noise, steps), scheduler)
+    )
+    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def line_to_the_outcome(name: str, noise: NoiseProcess, steps: int) -> tuple[float, float, float]:
+    """Slope, intercept and added standard deviation of what a sampler with an exact denoiser makes of its first noise:
+    each step is linear in x. In float64, from the betas of the papers, without diffusers' schedulers."""
+    if noise.schedule == "cosine":
+        bar = np.cos((np.arange(STEPS + 1) / STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+    elif noise.schedule == "linear":
+        betas = np.linspace(1e-4, 0.02, STEPS)
+    else:
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, STEPS) ** 2
+    bars = np.cumprod(1 - betas)
+    if noise.zero_terminal_snr:
+        root = np.sqrt(bars)
+        bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    slope, intercept, variance = 1.0, 0.0, 0.0
+    path = [*(np.round(STEPS * (1 - np.arange(steps) / steps)).astype(int) - 1), None]
+    for t, s in itertools.pairwise(path):
+        now, then = bars[t], 1.0 if s is None else bars[s]
+        gain = now**0.5 * STD**2 / (now * STD**2 + 1 - now)  # x_0 is MEAN + gain (x - alpha MEAN)
+        of_clean = np.array([gain, MEAN * (1 - gain * now**0.5)])  # slope and intercept in x
+        if name == "ddim":
+            of_noise = (np.array([1.0, 0.0]) - now**0.5 * of_clean) / (1 - now) ** 0.5
+            step, added = then**0.5 * of_clean + (1 - then) ** 0.5 * of_noise, 0.0
+        else:  # Ho et al. 2020, equations 6 and 7
+            beta = 1 - now / then
+            step = (then**0.5 * beta * of_clean + np.array([(now / then) ** 0.5 * (1 - then), 0.0])) / (1 - now)
+            added = (1 - then) / (1 - now) * beta
+        slope, intercept, variance = step[0] * slope, step[0] * intercept + step[1], step[0] ** 2 * variance + added
+    return slope, intercept, variance**0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 61, 62, 122, 333, 999])
+@pytest.mark.parametrize("noise", DISCRETE, ids=title)
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_with_an_exact_model_any_number_of_steps_gives_what_can_be_computed(
+    name: str, noise: NoiseProcess, steps: int
+) -> None:
+    slope, intercept, added = line_to_the_outcome(name, noise, steps)
+    x = sample(noise, name, exact(noise, MEAN, STD), steps, count=2)
+    start = torch.stack([torch.randn(4, 32, 32, generator=each) for each in image_generators(0, [0, 1])])
+    if name == "ddim":
+        assert torch.allclose(x, slope * start + intercept, atol=2e-3)
+        return
+    rest = x - slope * start - intercept
+    assert rest.mean().item() == pytest.approx(0, abs=4 * added / rest.numel() ** 0.5 + 2e-3)
+    assert rest.std().item() == pytest.approx(added, rel=0.03, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_more_steps_than_timesteps_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^sample\.steps = 1001: {name} takes at most 1000 steps"):
+        make_scheduler(name, DISCRETE[0], 1001)
+    assert len(make_scheduler("euler", FLOW, 1001).timesteps) == 1001
 
 
 @pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)

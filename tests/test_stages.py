@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -23,6 +23,7 @@ from data.cache import LatentCache
 from data.storage import sha256_file
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.vae import to_images, to_pixels
+from stages.cli import main
 from tests.small_world import BROKEN, CLASSES, IMAGE_SIZE, World, make_images, make_vae, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,25 @@ def test_a_run_may_be_named_by_another_path(world: World, monkeypatch: pytest.Mo
     monkeypatch.chdir(world.run.parent)
     for stage in ("train", "sample", "decode"):
         assert succeed(stage, world.config, Path(world.run.name)).startswith(f"{stage}: all done")
+
+
+def test_a_tilde_is_the_home_of_the_user_in_every_path(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.run, tmp_path / "run")
+    shutil.copytree(world.cache, tmp_path / "cache")
+    shutil.copy(world.config, tmp_path / "config.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, run = Path("~/config.yaml"), Path("~/run")
+    for stage in ("train", "sample", "decode"):
+        assert succeed(stage, config, run).startswith(f"{stage}: all done")
+    succeed("decode", config, run, more=("--cache", "~/cache"))
+    assert (tmp_path / "cache" / "decoded" / "grid.png").exists()
+    succeed("verify", config, run, more=("--cache", "~/cache"))
+    assert CliRunner().invoke(main, ["convert", "~/cache", "~/other"]).exit_code == 0
+    assert (tmp_path / "other" / "manifest.json").exists()
+    result = CliRunner().invoke(main, ["ema", "~/run", "--width", "0.1", "--to", "~/average"])
+    refuse(result, f"error: {tmp_path}/run/averages")
 
 
 def test_more_samples_begin_with_the_same_ones(world: World, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,122 @@ def test_a_model_that_is_no_vae_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"^vae.source: .* is of class UNet2DModel"):
         FrozenVae(str(tmp_path))
+
+
+def refusal(source: Path | str) -> str:
+    with pytest.raises(
+        ValueError, match=rf"^vae\.source: cannot load a VAE from {re.escape(repr(str(source)))}: .*\Z"
+    ) as e:
+        FrozenVae(str(source))
+    return str(e.value).split(": ", 2)[2]
+
+
+def with_config(folder: Path, to: Path, **changes: object) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    (to / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return to
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_of_a_whole_pipeline_the_folder_of_its_vae_is_named(folder: Path, tmp_path: Path, index: bool) -> None:
+    shutil.copytree(folder, tmp_path / "vae")
+    if index:
+        (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8")
+    assert refusal(tmp_path) == f"it is a whole pipeline: give {tmp_path / 'vae'}"
+    FrozenVae(str(tmp_path / "vae"))
+
+
+def test_half_precision_weights_are_read_where_they_are_the_only_ones(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = AutoencoderKL.from_pretrained(folder)
+    plain.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    vae = FrozenVae(str(tmp_path))
+    assert f"{tmp_path} has weights of the variant fp16 alone" in capsys.readouterr().out
+    assert vae.model.dtype == torch.float32
+    expected = AutoencoderKL.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, expected[name].half().float()) for name, value in vae.model.state_dict().items())
+    plain.float().save_pretrained(tmp_path)
+    FrozenVae(str(tmp_path))
+    assert not capsys.readouterr().out
+
+
+def test_pickled_weights_are_never_loaded_and_a_way_to_convert_them_works(folder: Path, tmp_path: Path) -> None:
+    AutoencoderKL.from_pretrained(folder).save_pretrained(tmp_path / "bin", safe_serialization=False)
+    reason = refusal(tmp_path / "bin")
+    assert reason.startswith("its weights are .bin, pickles, which are never loaded")
+    way = re.search(r"AutoencoderKL\.from_pretrained.*\)", reason)
+    assert way is not None
+    eval(way[0].replace("new-folder", str(tmp_path / "new")), {"AutoencoderKL": AutoencoderKL})
+    assert (
+        FrozenVae(str(tmp_path / "new")).identity().weights_sha256 == FrozenVae(str(folder)).identity().weights_sha256
+    )
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", "vae.ckpt", "vae.pt"])
+def test_a_single_file_is_refused_with_the_way_to_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert refusal(tmp_path / name).startswith("it is a single file: give a folder in diffusers' format")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"in_channels": 1, "out_channels": 1}, "it takes images of 1 channels and returns 1; images here are RGB"),
+        ({"in_channels": 4}, "it takes images of 4 channels and returns 3"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "it is of class AsymmetricAutoencoderKL; this project reads"),
+        ({"_class_name": None}, "it is of class None"),
+        ({"block_out_channels": [8, 8, 32]}, "size mismatch for "),
+        ({"layers_per_block": 3}, "of its weights are missing, the first of them decoder."),
+        ({"down_block_types": ["Nonsense"] * 3}, "Nonsense does not exist"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    assert reason in refusal(with_config(folder, tmp_path / "vae", **changes))
+
+
+def test_files_that_are_missing_or_damaged_are_named(folder: Path, tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nothing") == "there is no such folder"
+    assert "no config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json" in refusal(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    assert refusal(tmp_path) == "there is no diffusion_pytorch_model.safetensors beside its config.json"
+    weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[:-100])
+    assert "diffusion_pytorch_model.safetensors" in refusal(tmp_path)
+
+
+def test_downsampling_is_measured_and_not_taken_from_the_number_of_levels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).save_pretrained(tmp_path)
+    vae = FrozenVae(str(tmp_path))
+    assert vae.downsampling == 16 // vae.encode(pictures()).shape[-1] == 4
+
+
+def test_on_a_hub_a_folder_and_a_variant_are_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache of a hub, offline: a whole pipeline whose VAE has half-precision weights alone."""
+    snapshot = tmp_path / "models--somebody--pipeline" / "snapshots" / ("0" * 40)
+    AutoencoderKL.from_pretrained(folder).to(torch.float16).save_pretrained(snapshot / "vae", variant="fp16")
+    (snapshot / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8")
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40, encoding="utf-8")
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "diffusers.utils.constants.HF_MODULES_CACHE"):
+        monkeypatch.setattr(name, str(tmp_path))
+    assert refusal("somebody/pipeline") == "it is a whole pipeline: give somebody/pipeline/vae"
+    assert FrozenVae("somebody/pipeline/vae").downsampling == FrozenVae(str(folder)).downsampling
+    assert "somebody/pipeline has weights of the variant fp16 alone" in capsys.readouterr().out
 
 
 def test_the_bundled_vae_reconstructs_solids_better_than_their_average_colours() -> None:

@@ -1,0 +1,53 @@
+"""What make starts, by what it would run: values with spaces and quotes, and what each target depends on."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def started(*arguments: str) -> list[list[str]]:
+    """The commands of stages that `make` would run, in words as the shell reads them."""
+    done = subprocess.run(
+        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    return [words[words.index("-m") + 2 :] if "-m" in words else words for words in commands if "--config" in words]
+
+
+@pytest.mark.parametrize("processes", ["NPROC=1", "NPROC=3"])
+def test_values_with_spaces_quotes_and_dollars_arrive_as_they_are(processes: str) -> None:
+    config, run = "my configs/a $x.yaml", "my runs/it's $(HOME)"
+    pairs = ["data.source=my $images", "train.lr=1e-3", "sample.classes=[cat, it's]", "name=a;b&c", "x.y=*", "z=#FFF"]
+    words = [shlex.quote(pair) for pair in pairs]
+    commands = started("train", processes, f"CONFIG={config}", f"RUN={run}", f"SET={' '.join(words)}")
+    given = ["--config", config, *(word for pair in pairs for word in ("--set", pair)), "--run", run]
+    assert [command[-len(given) :] for command in commands] == [given] * 2
+    assert [command[-len(given) - 1] for command in commands] == ["encode", "train"]
+
+
+def test_a_quote_around_a_value_is_as_good_as_one_around_the_pair() -> None:
+    for text in ("data.source='my images' train.lr=1", '"data.source=my images" train.lr=1'):
+        (command,) = started("encode", f"SET={text}")
+        assert command[-4:] == ["--set", "data.source=my images", "--set", "train.lr=1"]
+
+
+def test_a_quote_that_is_not_closed_is_refused() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "encode", "SET=data.source='my images"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "SET: data.source='my images: a quote is not closed" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["all", "sample"])
+def test_images_take_three_stages_and_settings_are_given_once(target: str) -> None:
+    commands = started(target, "SET=sample.guidance=3")
+    assert [command[1] for command in commands] == ["encode", "train", "sample"]
+    assert all(command[-1] == "sample.guidance=3" for command in commands)
+    assert [command[1] for command in started("decode")] == ["encode", "train", "sample", "decode"]
