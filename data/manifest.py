@@ -25,7 +25,10 @@ class _Record(BaseModel):
 
 
 class VaeIdentity(_Record):
-    """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values."""
+    """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values.
+
+    `latents_mean` and `latents_std`, one a latent channel, are those of its config, where that has them.
+    """
 
     source: str
     class_name: str
@@ -34,6 +37,8 @@ class VaeIdentity(_Record):
     shift_factor: float
     downsampling: PositiveInt  # pixels to one latent position, along each side
     input_range: tuple[float, float] = (-1.0, 1.0)
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
 
 class Plan(_Record):
@@ -169,11 +174,16 @@ class Manifest(Plan):
         """What the cache was asked to be."""
         return Plan(**{name: getattr(self, name) for name in Plan.model_fields})
 
+    def sha256(self) -> str:
+        """Of all that stands in the manifest's file before its last field, which is this."""
+        return hashlib.sha256(self._text()).hexdigest()
+
     def save(self, cache: Path) -> None:
         """Publish the manifest; its last field is the SHA-256 of all that stands before it."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2).encode().removesuffix(b"\n}")
-        seal = f',\n  "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
-        publish(cache / MANIFEST, text + seal.encode())
+        publish(cache / MANIFEST, self._text() + f',\n  "sha256": "{self.sha256()}"\n}}\n'.encode())
+
+    def _text(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=2).encode().removesuffix(b"\n}")
 
     @classmethod
     def load(cls, cache: Path) -> Manifest:

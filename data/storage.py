@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -55,14 +56,18 @@ def publish_json(path: Path, value: Any) -> None:
 def staged_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and is gone when it does not.
 
-    `path` must not exist, or hold an older version, which is replaced.
+    `path` must not exist, or hold an older version, which is replaced. Files get the mode that the umask gives, whoever
+    wrote them: safetensors would keep them from everybody else.
     """
     staged = path.with_name(_STAGED + path.name)
     remove(staged)
     make_folder(staged)
     try:
         yield staged
+        mode = staged.stat().st_mode & 0o666
         for file in (f for f in staged.rglob("*") if f.is_file()):
+            if mode & ~(now := file.stat().st_mode):
+                os.chmod(file, now | mode)
             _sync(file)
         remove(path)
         os.replace(staged, path)
@@ -75,6 +80,16 @@ def sweep(folder: Path) -> None:
     """Delete what crashes have left staged in `folder`, to which nobody may be writing."""
     for left in folder.glob(f"{_STAGED}*"):
         remove(left)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to the first of `<name>.1`, `<name>.2`, ... that is free; the new path."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    free = next(name for name in names if not os.path.lexists(name))
+    with _telling(path, "renaming"):
+        os.replace(path, free)
+        _sync_folder(path.parent)
+    return free
 
 
 def append_line(path: Path, line: str) -> None:
@@ -172,9 +187,15 @@ def _take(file: Path, what: str, *, wait: bool) -> TextIO:
             return handle
 
 
+def read(path: Path) -> bytes:
+    """The bytes of a file; an OSError names it."""
+    with _telling(path, "reading"), open(path, "rb") as file:
+        return file.read()
+
+
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file's bytes, in hexadecimal; an OSError names the file."""
+    with _telling(path, "reading"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

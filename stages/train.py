@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.cache import LatentCache
 from data.manifest import Manifest
-from data.storage import claim, probe, publish, sweep
+from data.storage import claim, probe, sweep
 from pipeline.checkpoint import (
     AVERAGES,
     CHECKPOINTS,
@@ -27,6 +27,7 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_averages,
     save_checkpoint,
+    set_aside_newer,
 )
 from pipeline.cost import Cost
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
@@ -35,18 +36,22 @@ from pipeline.objective import Draws, Objective, coordinate_seed, draw_latents
 from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers, set_lr
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
-from stages.config import Config, dump_config
+from stages.config import Config
 from stages.launch import Preemption, computer, connect, describe, in_background
 from stages.preview import draw_preview, draw_strip
+from stages.run_folder import begin_run_folder, check_run_folder
 from stages.start import (
     as_json,
     begin_with,
     build_model,
+    cache_identity,
+    changes_since,
     check_resumable,
     ema_widths,
     find_checkpoint,
     normalization_of,
     open_loader,
+    settings_of,
     with_batch_size,
 )
 from stages.tracker import Tracker
@@ -58,8 +63,9 @@ _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 def train(config: Config, run: Path) -> None:
     """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one.
 
-    SystemExit with 128 + its number after a SIGTERM or SIGUSR1, once a checkpoint is saved.
+    SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
     """
+    check_run_folder(run, "--run")
     probe(run, "--run")
     accelerator = connect(config.train.precision)
     with claim(run / ".locks" / "train", "training") if accelerator.is_main_process else contextlib.nullcontext():
@@ -127,7 +133,7 @@ class Trainer:
         """The training loop."""
         settings = self.config.train
         if self.main:
-            publish(self.run / "config.yaml", dump_config(self.config).encode())
+            begin_run_folder(self.run, self.config, anew=not self.step)
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
             begin_log(self.run, self.images_seen)
@@ -181,21 +187,14 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, accelerator = checkpoint.state, self.accelerator
-        if state["streamed"] != (self.loader.access == "streamed"):
-            kind = "mapped" if self.loader.access == "streamed" else "streamed"
-            raise ValueError(f"train.access: {self.run} began in another order of images: give train.access={kind}")
         load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
         self.step = state["step"]
         self.window.load(state["window"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
-        here = computer(accelerator)
-        changes = [
-            f"{name} {here[name]} instead of {old}" for name, old in state["computer"].items() if here[name] != old
-        ]
-        if changes:
-            accelerator.print(f"train: {', '.join(changes)}: same images, order and learning rate, but bits may differ")
+        for line in changes_since(checkpoint, self.config.train, self.loader.access, accelerator):
+            accelerator.print(f"train: {line}")
 
     def _update(self) -> None:
         """One optimizer step."""
@@ -329,21 +328,20 @@ class Trainer:
         state = {
             "step": self.step,
             "images_seen": self.images_seen,
-            "batch_size": self.batch_size,
+            "train": settings_of(settings, self.loader.access),
             "classes": self.manifest.classes,
             "noise": asdict(self.noise),
             "normalization": as_json(self.normalization),
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
-            "data_fingerprint": self.manifest.data_fingerprint,
-            "seed": settings.seed,
-            "optimizer": settings.optimizer,
-            "weighting": settings.weighting,
+            "cache": cache_identity(self.manifest),
             "widths": ema_widths(self.config),
-            "streamed": self.loader.access == "streamed",
             "computer": computer(self.accelerator),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
+        if self.main:
+            for path in set_aside_newer(self.run, self.images_seen):
+                print(f"train: set aside as {path}: damaged, or later than where this run went on", flush=True)
         if state["widths"] and scheduled:
             save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(

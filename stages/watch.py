@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.storage import append_line, publish
+from data.storage import append_line, publish, read, set_aside
 from pipeline.cost import peak_flops
 from pipeline.pairs import STEPS
 
 LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
+_DRAWN = {"images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second"}  # in curves.png
 
 
 class Window:
@@ -110,11 +111,30 @@ class Window:
 
 
 def begin_log(run: Path, images_seen: int) -> None:
-    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off."""
+    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off.
+
+    Where another line cannot be read, the log as it was is set aside, which is printed.
+    """
     log = run / LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["images_seen"] <= images_seen]
-    publish(log, "".join(line + "\n" for line in kept).encode())
+    *lines, _ = read(log).split(b"\n") if log.exists() else [b""]
+    parsed = [_parsed(line) for line in lines]
+    damaged = [number for number, values in enumerate(parsed, 1) if not values]
+    if damaged:
+        what = f"line {damaged[0]} of {log}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        print(
+            f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
+        )
+    pairs = zip(lines, parsed, strict=True)
+    publish(log, b"".join(line + b"\n" for line, values in pairs if values and values["images_seen"] <= images_seen))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None where it is not what `log_line` writes."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and values.keys() >= _DRAWN else None
 
 
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:

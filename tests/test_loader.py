@@ -20,7 +20,6 @@ WAYS = ("resident", "memory", "mapped", "streamed")
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 20 images: a small cache has several, and they go over the ends of epochs."""
     monkeypatch.setattr(loader, "WINDOW_ROWS", 20)
-    streamed_order.cache_clear()
 
 
 def make_loader(
@@ -33,27 +32,27 @@ def make_loader(
 def test_an_epoch_is_a_permutation(count: int) -> None:
     for epoch in range(5):
         np.testing.assert_array_equal(np.sort(epoch_order(count, 0, epoch)), np.arange(count))
-        np.testing.assert_array_equal(np.sort(streamed_order(count, 0, epoch, 32)), np.arange(count))
+        np.testing.assert_array_equal(np.sort(streamed_order(count, 0, epoch, 32, 20)), np.arange(count))
 
 
 def test_orders_of_other_epochs_and_seeds_differ() -> None:
-    for order in (epoch_order, lambda count, seed, epoch: streamed_order(count, seed, epoch, 32)):
+    for order in (epoch_order, lambda count, seed, epoch: streamed_order(count, seed, epoch, 32, 20)):
         orders = {order(73, seed, epoch).tobytes() for seed in range(4) for epoch in range(4)}
         assert len(orders) == 16
 
 
 def test_an_order_is_a_function_of_its_arguments() -> None:
-    first, streamed = epoch_order(73, 1, 2).copy(), streamed_order(73, 1, 2, 32).copy()
+    first, streamed = epoch_order(73, 1, 2).copy(), streamed_order(73, 1, 2, 32, 20).copy()
     epoch_order.cache_clear()
     streamed_order.cache_clear()
     np.testing.assert_array_equal(epoch_order(73, 1, 2), first)
-    np.testing.assert_array_equal(streamed_order(73, 1, 2, 32), streamed)
+    np.testing.assert_array_equal(streamed_order(73, 1, 2, 32, 20), streamed)
 
 
 def test_a_window_of_a_streamed_epoch_is_of_few_shards() -> None:
     """640 images in 20 shards of 32: a window of 20 images lies in two shards at most."""
     for start in range(0, 640, 20):
-        window = streamed_order(640, 0, 0, 32)[start : start + 20]
+        window = streamed_order(640, 0, 0, 32, 20)[start : start + 20]
         assert len(np.unique(window // 32)) <= 2
         assert (window != np.sort(window)).any()
 
