@@ -25,14 +25,12 @@ def check_run_folder(run: Path, option: str) -> None:
     """
     if not run.is_dir() or (run / MARKER).exists() or checkpoint_folders(run):
         return
-    names = [name for name in sorted(os.listdir(run)) if not name.startswith(".") and name != _SAMPLES]
-    foreign = [name for name in names if name != CONFIG or _config_of(run) is None]
-    if foreign:
-        raise ValueError(
-            f"{option}: {run} is no folder of a run: it holds {foreign[0]}"
-            + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
-            + f" and no {MARKER}: choose an empty or a new folder"
-        )
+    for folder, folders, files in os.walk(run):
+        folders[:] = sorted(name for name in folders if name[0] != "." and Path(folder, name) != run / _SAMPLES)
+        for file in (Path(folder, name) for name in sorted(files) if name[0] != "."):
+            if file != run / CONFIG or _config_of(run) is None:
+                what = f"{option}: {run} holds {file.relative_to(run)} and no {MARKER}, so it is not the folder of a run"
+                raise ValueError(f"{what}: choose an empty or a new one")
 
 
 def begin_run_folder(run: Path, config: Config, *, anew: bool) -> None:

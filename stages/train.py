@@ -133,9 +133,9 @@ class Trainer:
         """The training loop."""
         settings = self.config.train
         if self.main:
-            begin_run_folder(self.run, self.config, anew=not self.step)
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
+            begin_run_folder(self.run, self.config, anew=not self.step)
             begin_log(self.run, self.images_seen)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
