@@ -67,7 +67,7 @@ def lr_course(
 ) -> list[tuple[int, float]]:
     """The learning rate from `images_seen` to the end of the run: (images seen, rate) there, at both ends and where the
     schedule bends between them."""
-    bends = [warmup] + [round(images * (1 - decay))] * (schedule == "trapezoid")
+    bends = [warmup] + [int(images * (1 - decay))] * (schedule == "trapezoid")
     places = [images_seen, *sorted(bend for bend in set(bends) if images_seen < bend < images), images]
     rate = partial(lr_at, schedule=schedule, peak=peak, images=images, warmup=warmup, decay=decay)
     return [(place, rate(place)) for place in places]

@@ -29,8 +29,8 @@ def check_run_folder(run: Path, option: str) -> None:
         folders[:] = sorted(name for name in folders if name[0] != "." and Path(folder, name) != run / _SAMPLES)
         for file in (Path(folder, name) for name in sorted(files) if name[0] != "."):
             if file != run / CONFIG or _config_of(run) is None:
-                what = f"{option}: {run} holds {file.relative_to(run)} and no {MARKER}, so it is not the folder of a run"
-                raise ValueError(f"{what}: choose an empty or a new one")
+                what = f"{run} holds {file.relative_to(run)} and no {MARKER}, so it is not the folder of a run"
+                raise ValueError(f"{option}: {what}: choose an empty or a new one")
 
 
 def begin_run_folder(run: Path, config: Config, *, anew: bool) -> None:

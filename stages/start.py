@@ -147,10 +147,10 @@ def _learning_rate(images_seen: int, before: dict[str, Any], now: dict[str, Any]
     rate = lr_at(images_seen - now["batch_size"], **was)
     parts = [f"learning rate ({now['schedule']}): it was {rate:.2g}"]
     for place, following in lr_course(images_seen, **is_):
-        if f"{following:.2g}" == f"{rate:.2g}":
-            parts.append(f"stays so until {place:,}")
-        else:
+        if f"{following:.2g}" != f"{rate:.2g}":
             parts.append(f"{'rises' if following > rate else 'falls'} to {following:.2g} at {place:,}")
+        elif place > images_seen:
+            parts.append(f"stays so until {place:,}")
         rate = following
     return ", ".join(parts) + " images"
 

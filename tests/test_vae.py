@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from data.manifest import VaeIdentity
 from data.solids import render
 from pipeline.anchor import SIGMA, anchored_autoencoder
 from pipeline.vae import FrozenVae, to_images, to_pixels
@@ -93,6 +97,34 @@ def test_the_identity_is_a_function_of_the_weights_alone(folder: Path, tmp_path:
     moved = FrozenVae(str(make_vae(tmp_path / "elsewhere", seed=0)))
     moved.check(first.identity(), tmp_path)
     assert moved.identity().weights_sha256 == first.identity().weights_sha256
+
+
+def with_config(folder: Path, to: Path, **fields: Any) -> FrozenVae:
+    """The VAE in `folder` with other fields in its config."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    (to / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+    return FrozenVae(str(to))
+
+
+def test_the_identity_has_mean_and_std_per_channel_where_the_config_has_them(folder: Path, tmp_path: Path) -> None:
+    assert FrozenVae(str(folder)).identity().latents_mean is None
+    fields = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 2.0, 3.0, 0.25], "scaling_factor": 0.5}
+    identity = with_config(folder, tmp_path / "vae", **fields).identity()
+    assert identity.latents_mean == (0.5, -1.0, 0.0, 2.0)
+    assert identity.latents_std == (1.0, 2.0, 3.0, 0.25)
+    assert VaeIdentity(**identity.model_dump(mode="json")) == identity
+
+
+@pytest.mark.parametrize(
+    "fields", [{"latents_mean": [0.5]}, {"latents_std": [1.0, 1.0, 0.0, 1.0]}, {"latents_std": [1.0] * 5}]
+)
+def test_a_mean_or_std_that_does_not_fit_the_channels_is_refused(
+    folder: Path, tmp_path: Path, fields: dict[str, list[float]]
+) -> None:
+    vae = with_config(folder, tmp_path / "vae", **fields)
+    with pytest.raises(ValueError, match=rf"^vae.source: .*{next(iter(fields))} = .* 4 channels"):
+        vae.identity()
 
 
 def test_one_changed_weight_is_another_vae(folder: Path, tmp_path: Path) -> None:
