@@ -136,7 +136,7 @@ class Trainer:
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
             begin_run_folder(self.run, self.config, anew=not self.step)
-            begin_log(self.run, self.images_seen)
+            begin_log(self.run, self.images_seen, (self.step - self.window.steps) * self.batch_size)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
         with Preemption(self.accelerator) as preemption, tracker:

@@ -22,7 +22,10 @@ from pipeline.pairs import STEPS
 
 LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
-_DRAWN = {"images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second"}  # in curves.png
+_KEYS = {  # of every line
+    "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second", "teraflops_per_second",
+    "data_wait", "memory_gb",
+}  # fmt: skip
 
 
 class Window:
@@ -82,6 +85,11 @@ class Window:
         self.restart_clock()
         return values
 
+    @property
+    def steps(self) -> int:
+        """Since the last log line."""
+        return self._steps
+
     def restart_clock(self) -> None:
         self._started, self._waited, self._timed = time.monotonic(), 0.0, 0
 
@@ -110,10 +118,11 @@ class Window:
         return values
 
 
-def begin_log(run: Path, images_seen: int) -> None:
+def begin_log(run: Path, images_seen: int, logged: int) -> None:
     """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off.
 
-    Where another line cannot be read, the log as it was is set aside, which is printed.
+    Where another line cannot be read, the log as it was is set aside; that is printed, and where it does not reach to
+    the last line that the checkpoint knows of, at `logged` images.
     """
     log = run / LOG
     *lines, _ = read(log).split(b"\n") if log.exists() else [b""]
@@ -124,8 +133,10 @@ def begin_log(run: Path, images_seen: int) -> None:
         print(
             f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
         )
-    pairs = zip(lines, parsed, strict=True)
-    publish(log, b"".join(line + b"\n" for line, values in pairs if values and values["images_seen"] <= images_seen))
+    kept = {i: v["images_seen"] for i, v in enumerate(parsed) if v and v["images_seen"] <= images_seen}
+    if logged not in (0, *kept.values()):
+        print(f"train: {log} lacks lines: that at {logged:,} images, and perhaps others before it", flush=True)
+    publish(log, b"".join(lines[i] + b"\n" for i in kept))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -134,7 +145,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and values.keys() >= _DRAWN else None
+    return values if isinstance(values, dict) and values.keys() >= _KEYS else None
 
 
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:

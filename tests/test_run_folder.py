@@ -24,22 +24,25 @@ def write(file: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "log.jsonl", "checkpoints/000000048/model.bin", "a/b/c"])
-@pytest.mark.parametrize("stage", ["train", "ema"])
 def test_a_folder_of_somebody_else_is_refused_in_one_line_and_not_touched(
-    world: World, tmp_path: Path, name: str, stage: str
+    world: World, tmp_path: Path, name: str
 ) -> None:
-    folder = tmp_path / "theirs"
-    write(folder / name, "optimizer: {name: theirs}\n")
-    before = tree(folder)
-    if stage == "train":
-        result = run_stage("train", world.config, folder, SHORT)
-    else:
-        succeed("train", world.config, tmp_path / "run", SHORT, "train.ema=power")
-        result = CliRunner().invoke(main, ["ema", str(tmp_path / "run"), "--width", "0.1", "--to", str(folder)])
+    write(tmp_path / name, "optimizer: {name: theirs}\n")
+    before = tree(tmp_path)
+    result = run_stage("train", world.config, tmp_path, SHORT)
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
-    assert str(folder) in result.stderr
-    assert tree(folder) == before
+    assert str(tmp_path) in result.stderr
+    assert tree(tmp_path) == before
+
+
+def test_an_average_is_not_written_into_a_folder_of_somebody_else(world: World, tmp_path: Path) -> None:
+    succeed("train", world.config, tmp_path / "run", SHORT, "train.ema=power")
+    notes = write(tmp_path / "theirs" / "notes.txt", "theirs")
+    result = CliRunner().invoke(main, ["ema", str(tmp_path / "run"), "--width", "0.1", "--to", str(notes.parent)])
+    assert result.exit_code == 2
+    assert f"--to: {notes.parent} holds notes.txt and no {MARKER}" in result.stderr
+    assert list(tree(notes.parent)) == ["notes.txt"]
 
 
 def test_folders_that_hold_nothing_of_anybody_are_taken_and_marked(world: World, tmp_path: Path) -> None:
@@ -119,6 +122,40 @@ def test_a_damaged_config_of_a_run_is_set_aside(world: World, tmp_path: Path) ->
     assert "config.yaml.1" in succeed("train", world.config, run)
     assert (run / "config.yaml.1").read_bytes() == b"train: {lr: \xff"
     assert load_config(run / "config.yaml").train.images == 48
+
+
+def flip(payload: bytes) -> bytes:
+    place = len(payload) * 2 // 3
+    return payload[:place] + bytes([payload[place] ^ 1]) + payload[place + 1 :]
+
+
+def cut(payload: bytes) -> bytes:
+    return payload[: len(payload) * 2 // 3]
+
+
+def test_damage_to_any_file_of_a_run_is_said_and_ends_in_the_same_bytes(world: World, tmp_path: Path) -> None:
+    """Of one that goes on at 32 images. Numbers in its log have no hash: of that, lines are lost."""
+    overrides = ("train.preview_every=16", "train.keep=3")
+    succeed("train", world.config, tmp_path / "whole", *overrides)
+    expected = tree(tmp_path / "whole" / "checkpoints")
+    unfinished = shutil.copytree(tmp_path / "whole", tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "checkpoints" / "000000048")
+    (unfinished / "previews" / "000000048.png").unlink()
+    lines = (unfinished / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (unfinished / "log.jsonl").write_bytes(b"".join(lines[:4]))
+    passed_over = {"curves.png", "previews.png"}  # which are drawn again
+    files = [name for name, payload in tree(unfinished).items() if payload and name not in passed_over]
+    assert len(files) == 2 + 2 + 2 * 5
+    for number, name in enumerate(files):
+        run = shutil.copytree(unfinished, tmp_path / str(number))
+        damage = cut if number % 2 or name == "log.jsonl" else flip
+        (run / name).write_bytes(damage((run / name).read_bytes()))
+        printed = succeed("train", world.config, run, *overrides)
+        said = any(words in printed for words in ("passed over", "is now", "left out", "lacks"))
+        assert said != name.startswith("checkpoints/000000016"), name  # which nothing reads while there is a newer one
+        after = tree(run / "checkpoints")
+        for file, content in expected.items():
+            assert after[file] == content or f"checkpoints/{file}" == name, (name, file)
 
 
 @pytest.mark.parametrize("damage", [b"loss", b'"images_seen"', b'{"step"'])
