@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.cache import SHARD_ROWS, LatentCache
-from data.loader import WINDOW_ROWS, LatentLoader
+from data.loader import WINDOW_BYTES, WINDOW_ROWS, LatentLoader
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
 from data.writer import CacheWriter
@@ -287,7 +287,8 @@ def measure_set(cache: LatentCache, other: LatentCache | None, folder: Path, sub
 def methods_of(cache: LatentCache) -> Iterator[Method]:
     """What reads the files of a cache: all accesses for which there is memory, and the plain library."""
     size, format_ = len(cache) * cache.manifest.row_bytes, cache.manifest.format
-    for access, period in {"resident": 1, "mapped": 1, "streamed": -(-WINDOW_ROWS // BATCH)}.items():
+    window = min(WINDOW_ROWS, len(cache), WINDOW_BYTES // cache.manifest.row_bytes)
+    for access, period in {"resident": 1, "mapped": 1, "streamed": max(window // BATCH, 1)}.items():
         if access != "resident" or size < 0.8 * psutil.virtual_memory().available:
             reader = functools.partial(read_ours, access=access)
             yield Method(f"{access}, {format_}", cache.path, len(cache), reader, ours=True, period=period)

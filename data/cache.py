@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data import tar_format, zarr_format
 from data.manifest import FAILED, Draft, File, Manifest, Shard
+from data.source import NO_CLASS
 
 _REMEDY = "`latentmill verify --repair` writes it anew; samples are drawn again where their folder was deleted"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
@@ -68,6 +69,15 @@ class LatentCache:
             self._check(self.manifest.shards[number])
             self._verified.add(number)
         return self.read(indices)
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Committed images of every class; those that have none are in no count."""
+        return np.bincount(self.labels[self.labels != NO_CLASS], minlength=len(self.manifest.classes))
+
+    def named_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Labels and names of the classes, for people: images without a class are under one name more."""
+        classes = self.manifest.classes
+        return np.where(self.labels == NO_CLASS, len(classes), self.labels), (*classes, "no class")
 
     def keys(self) -> list[str]:
         """The key of every committed image."""

@@ -22,9 +22,10 @@ from torch import Tensor
 from data.cache import LatentCache
 from data.storage import human_bytes
 
-WINDOW_ROWS = 65_536  # images that a streamed epoch shuffles together
+# images that a streamed epoch shuffles together, at most; of two such windows all processes hold their shares
+WINDOW_ROWS, WINDOW_BYTES = 65_536, 2**30
 Item = TypeVar("Item")
-_SLICE = 4096  # rows copied at a time: all that is held twice
+_SLICE_BYTES = 2**26  # copied at a time: all that is held twice
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LatentBatch:
 
     indices: NDArray[np.int64]  # B, into the cache
     moments: Tensor  # B V 2C h w, in the cache's type
-    labels: Tensor  # B int64
+    labels: Tensor  # B int64; below 0 where an image has no class
 
 
 @functools.lru_cache(maxsize=2)
@@ -45,16 +46,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 @functools.lru_cache(maxsize=2)
-def streamed_order(count: int, seed: int, epoch: int, shard_rows: int) -> NDArray[np.int64]:
+def streamed_order(count: int, seed: int, epoch: int, shard_rows: int, window_rows: int) -> NDArray[np.int64]:
     """A permutation of `count` images that reads whole shards: shards in random order are laid end to end, and what
-    they hold is shuffled within windows of `WINDOW_ROWS` images.
+    they hold is shuffled within windows of `window_rows` images.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     shards = random.permutation(-(-count // shard_rows))
     order = (shards[:, None] * shard_rows + np.arange(shard_rows)).ravel()
     order = order[order < count]
-    for start in range(0, count, WINDOW_ROWS):
-        order[start : start + WINDOW_ROWS] = random.permutation(order[start : start + WINDOW_ROWS])
+    for start in range(0, count, window_rows):
+        order[start : start + window_rows] = random.permutation(order[start : start + window_rows])
     order.setflags(write=False)
     return order
 
@@ -63,8 +64,8 @@ class LatentLoader:
     """Reads batch number `step` of a cache for process `rank` of `world_size`.
 
     `access` is where batches come from: `resident` on the device, in `memory`, `mapped` from disk, or `streamed` from
-    disk window by window, in an order of its own. `auto` takes the first of them for which there is room, and with
-    `streamed` one that has the order of a run that was streamed, or was not.
+    disk window by window, in an order of its own; a window is never longer than an epoch. `auto` takes the first of
+    them for which there is room, and with `streamed` one that has the order of a run that was streamed, or was not.
     """
 
     def __init__(
@@ -84,13 +85,17 @@ class LatentLoader:
         self.cache, self.seed, self.batch_size, self.device = cache, seed, batch_size, device
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.labels = torch.from_numpy(cache.labels).to(device)
-        self.size = cache.manifest.committed * cache.manifest.row_bytes
+        row_bytes = cache.manifest.row_bytes
+        self.size = len(cache) * row_bytes
+        # of the cache alone: the order must not depend on the memory of a machine
+        self.window_rows = min(len(cache), WINDOW_ROWS, max(WINDOW_BYTES // row_bytes, 1))
+        self._slice_rows = max(_SLICE_BYTES // row_bytes, 1)
         self.access = _choose(self.size, device, world_size, streamed) if access == "auto" else access
         held = {"resident": device, "memory": torch.device("cpu")}.get(self.access)
         self._moments = None if held is None else self._load(held)
         self._batches = _Ahead(self._read)
-        self._stretches = _Ahead(self._read_stretch)
-        self._stretch_steps = -(-WINDOW_ROWS // batch_size)
+        self._windows = _Ahead(self._read_window)
+        self._window_steps = max(self.window_rows // batch_size, 1)
 
     def describe(self) -> str:
         """How latents are read, for people."""
@@ -99,7 +104,7 @@ class LatentLoader:
             "resident": f"{size} held on {self.device}",
             "memory": f"{size} held in memory",
             "mapped": f"{size} read from disk, memory-mapped",
-            "streamed": f"{size} streamed from disk, shuffled by shard and within {WINDOW_ROWS:,} images",
+            "streamed": f"{size} streamed from disk, shuffled by shard and within {self.window_rows:,} images",
         }[self.access]
 
     def batch(self, step: int) -> LatentBatch:
@@ -117,7 +122,8 @@ class LatentLoader:
     def order(self, epoch: int) -> NDArray[np.int64]:
         """All images in the order of epoch number `epoch`."""
         if self.access == "streamed":
-            return streamed_order(len(self.cache), self.seed, epoch, self.cache.manifest.shard_rows)
+            shard_rows = self.cache.manifest.shard_rows
+            return streamed_order(len(self.cache), self.seed, epoch, shard_rows, self.window_rows)
         return epoch_order(len(self.cache), self.seed, epoch)
 
     def _read(self, step: int) -> LatentBatch:
@@ -128,21 +134,22 @@ class LatentLoader:
         elif self._moments is not None:  # numpy's gather is the quicker one
             moments = _sent(self._moments.numpy().take(indices, axis=0), self.device)
         elif self.access == "streamed":
-            stretch, place = divmod(step, self._stretch_steps)
+            window, place = divmod(step, self._window_steps)
             rows = slice(place * len(indices), (place + 1) * len(indices))
-            moments = _sent(self._stretches.get(stretch)[rows], self.device)
+            # a copy, or a batch that is still in use would keep a window from being freed
+            moments = _sent(self._windows.get(window)[rows].copy(), self.device)
         else:
             moments = _sent(self.cache.read(indices), self.device)
         return LatentBatch(indices, moments, self.labels[places])
 
-    def _read_stretch(self, number: int) -> NDArray[np.floating]:
+    def _read_window(self, number: int) -> NDArray[np.floating]:
         """This process's moments of the next steps, in their order; read from disk in the order in which they lie."""
-        first = number * self._stretch_steps
-        indices = np.concatenate([self.indices(step) for step in range(first, first + self._stretch_steps)])
+        first = number * self._window_steps
+        indices = np.concatenate([self.indices(step) for step in range(first, first + self._window_steps)])
         lying = np.argsort(indices)
         moments = np.empty((len(indices), *self.cache.manifest.row_shape), self.cache.manifest.dtype)
-        for start in range(0, len(indices), _SLICE):
-            part = lying[start : start + _SLICE]
+        for start in range(0, len(indices), self._slice_rows):
+            part = lying[start : start + self._slice_rows]
             moments[part] = self.cache.read(indices[part])
         return moments
 
@@ -151,8 +158,8 @@ class LatentLoader:
         manifest = self.cache.manifest
         shape = (len(self.cache), *manifest.row_shape)
         moments = torch.empty(shape, dtype=getattr(torch, manifest.dtype), device=device)
-        for start in range(0, shape[0], _SLICE):
-            rows = np.arange(start, min(start + _SLICE, shape[0]))
+        for start in range(0, shape[0], self._slice_rows):
+            rows = np.arange(start, min(start + self._slice_rows, shape[0]))
             moments[rows[0] : rows[-1] + 1] = torch.from_numpy(self.cache.read(rows))
         return moments
 
@@ -165,8 +172,12 @@ class _Ahead(Generic[Item]):
         self._items: dict[int, Future[Item]] = {}
 
     def get(self, number: int) -> Item:
-        """Item `number`, and a start of the one after it."""
-        self._items = {n: self._items.get(n) or self._thread.submit(self._make, n) for n in (number, number + 1)}
+        """Item `number`, and a start of the one after it; others are let go first."""
+        wanted = (number, number + 1)
+        self._items = {n: item for n, item in self._items.items() if n in wanted}
+        for n in wanted:
+            if n not in self._items:
+                self._items[n] = self._thread.submit(self._make, n)
         return self._items[number].result()
 
 

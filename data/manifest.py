@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from data.storage import checked, publish_checked, sha256_file
+from data.storage import checked, checksum, publish_checked, sha256_file
 
 MANIFEST = "manifest.json"
 FAILED = -1  # the label of a row that has no latents; NO_CLASS is that of an image without a class
@@ -23,7 +23,10 @@ class _Record(BaseModel):
 
 
 class VaeIdentity(_Record):
-    """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values."""
+    """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values.
+
+    `latents_mean` and `latents_std`, one a latent channel, are those of its config, where that has them.
+    """
 
     source: str
     class_name: str
@@ -32,6 +35,8 @@ class VaeIdentity(_Record):
     shift_factor: float
     downsampling: PositiveInt  # pixels to one latent position, along each side
     input_range: tuple[float, float] = (-1.0, 1.0)
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
 
 class Plan(_Record):
@@ -174,6 +179,10 @@ class Manifest(Plan):
     def plan(self) -> Plan:
         """What the cache was asked to be."""
         return Plan(**{name: getattr(self, name) for name in Plan.model_fields})
+
+    def sha256(self) -> str:
+        """Of all that stands in the manifest's file before its last field, which is this."""
+        return checksum(self.model_dump(mode="json"))
 
     def save(self, cache: Path) -> None:
         """Publish the manifest; its last field is the SHA-256 of all that stands before it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -55,8 +56,16 @@ def publish_json(path: Path, value: Any) -> None:
 
 def publish_checked(path: Path, value: Mapping[str, Any]) -> None:
     """`publish` an object as indented JSON whose last field, `sha256`, is the SHA-256 of all bytes before it."""
-    text = json.dumps(value, indent=2).encode().removesuffix(b"\n}")
-    publish(path, text + f',\n  "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode())
+    publish(path, _unclosed(value) + f',\n  "sha256": "{checksum(value)}"\n}}\n'.encode())
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """The last field of what `publish_checked` writes of an object."""
+    return hashlib.sha256(_unclosed(value)).hexdigest()
+
+
+def _unclosed(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode().removesuffix(b"\n}")
 
 
 def checked(payload: bytes) -> bytes | None:
@@ -71,14 +80,18 @@ def checked(payload: bytes) -> bytes | None:
 def staged_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that becomes `path` when the block ends well, and is gone when it does not.
 
-    `path` must not exist, or hold an older version, which is replaced.
+    `path` must not exist, or hold an older version, which is replaced. Files get the mode that the umask gives, whoever
+    wrote them: safetensors would keep them from everybody else.
     """
     staged = path.with_name(_STAGED + path.name)
     remove(staged)
     make_folder(staged)
     try:
         yield staged
+        mode = staged.stat().st_mode & 0o666
         for file in (f for f in staged.rglob("*") if f.is_file()):
+            if mode & ~(now := file.stat().st_mode):
+                os.chmod(file, now | mode)
             _sync(file)
         remove(path)
         os.replace(staged, path)
@@ -91,6 +104,16 @@ def sweep(folder: Path) -> None:
     """Delete what crashes have left staged in `folder`, to which nobody may be writing."""
     for left in folder.glob(f"{_STAGED}*"):
         remove(left)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to the first of `<name>.1`, `<name>.2`, ... that is free; the new path."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    free = next(name for name in names if not os.path.lexists(name))
+    with _telling(path, "renaming"):
+        os.replace(path, free)
+        _sync_folder(path.parent)
+    return free
 
 
 def append_line(path: Path, line: str) -> None:
@@ -196,9 +219,15 @@ def _take(file: Path, what: str, *, wait: bool) -> TextIO:
             return handle
 
 
+def read(path: Path) -> bytes:
+    """The bytes of a file; an OSError names it."""
+    with _telling(path, "reading"), open(path, "rb") as file:
+        return file.read()
+
+
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file's bytes, in hexadecimal; an OSError names the file."""
+    with _telling(path, "reading"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

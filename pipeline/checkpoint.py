@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from data.storage import publish_json, remove, sha256_file, staged_folder
+from data.storage import publish_json, read, remove, set_aside, sha256_file, staged_folder
 from pipeline.ema import Average
 from pipeline.objective import Normalization, Objective
+from pipeline.optimize import STATE
 from pipeline.unet import LatentUNet
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
 EMA = ("ema", "ema_2")  # folders of the averages; the first is the one that samples are drawn from
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # damage; any other OSError is of the disk
 
 
 @dataclass
@@ -56,12 +59,21 @@ class Checkpoint:
         return Normalization(**self.state["normalization"])
 
     def ema_weights(self, name: str = EMA[0]) -> dict[str, Tensor]:
-        return load_file(self.path / name / WEIGHTS)
+        """The averaged weights in the folder `name`; ValueError where they are not those of the model's config."""
+        weights = load_file(self.path / name / WEIGHTS)
+        _require_equal(self.path / name / WEIGHTS, weights, _shapes(self._empty_model().state_dict()))
+        return weights
 
     def ema_model(self) -> LatentUNet:
         """The averaged model, in evaluation mode."""
-        model: LatentUNet = LatentUNet.from_pretrained(self.path / EMA[0], low_cpu_mem_usage=False).eval()
+        model = self._empty_model().eval()
+        model.load_state_dict(self.ema_weights(), assign=True)
         return model.to(memory_format=torch.channels_last)
+
+    def _empty_model(self) -> LatentUNet:
+        with torch.device("meta"):
+            model: LatentUNet = LatentUNet.from_config(self.model_config())
+        return model
 
     def model_config(self) -> dict[str, Any]:
         """What its `LatentUNet` was made with."""
@@ -74,12 +86,18 @@ def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Pat
 
 def checkpoint_folders(run: Path, kind: str = CHECKPOINTS) -> list[Path]:
     """The checkpoints of a run, oldest first; by images seen, never by file times."""
-    folders = [path for path in (run / kind).glob("*") if path.name.isdigit()]
-    return sorted(folders, key=lambda path: int(path.name))
+    try:
+        names = os.listdir(run / kind)  # glob would take a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    return [run / kind / name for name in sorted(filter(str.isdecimal, names), key=int)]
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole, and a line for each newer one that was passed over."""
+    """The newest checkpoint of a run that is whole, and a line for each newer one that was passed over.
+
+    Only damage is passed over: an OSError, of a disk that cannot be read now, names its file and goes up.
+    """
     passed_over: list[str] = []
     for folder in reversed(checkpoint_folders(run)):
         try:
@@ -93,9 +111,9 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """The checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, not what was
     written."""
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = json.loads(read(folder / _STATE))
         seal, files = state.pop("seal"), state["sha256"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (*_ABSENT, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no readable {_STATE}") from None
     if seal != _seal(state):
         raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not that of its own seal")
@@ -114,7 +132,7 @@ def save_checkpoint(
     state: dict[str, Any],
     writing: bool = True,
 ) -> None:
-    """Publish a checkpoint of `run` at state["images_seen"], over which every newer one is deleted.
+    """Publish a checkpoint of `run` at state["images_seen"].
 
     All processes call it, for the weights may be dealt out among them; the one that is `writing` writes.
     """
@@ -124,8 +142,6 @@ def save_checkpoint(
         **_weights(averages),
     }
     _publish(checkpoint_path(run, state["images_seen"]), objective.model, files, state, writing)
-    if writing:
-        _remove_newer(run, CHECKPOINTS, state["images_seen"])
 
 
 def save_averages(
@@ -133,8 +149,21 @@ def save_averages(
 ) -> None:
     """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
     _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, _weights(averages), state, writing)
-    if writing:
-        _remove_newer(run, AVERAGES, state["images_seen"])
+
+
+def set_aside_newer(run: Path, images_seen: int) -> list[Path]:
+    """Rename what stands in the way of a checkpoint at `images_seen`; where it is now.
+
+    That is a checkpoint of that time or a later one, which is damaged, for the run would have gone on from there; and
+    later averages, which are of a course that the run has left. Averages of that very time are of a save that was
+    killed, and the next one writes them again.
+    """
+    return [
+        set_aside(folder)
+        for kind, first in ((CHECKPOINTS, images_seen), (AVERAGES, images_seen + 1))
+        for folder in checkpoint_folders(run, kind)
+        if int(folder.name) >= first
+    ]
 
 
 def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -156,15 +185,25 @@ def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, b
 def load_training_state(
     checkpoint: Checkpoint, objective: Objective, averages: Mapping[str, Average], optimizers: Iterable[Optimizer]
 ) -> None:
-    """Put weights, averages and optimizers back as they were when `checkpoint` was saved."""
+    """Put weights, averages and optimizers back as they were when `checkpoint` was saved.
+
+    ValueError names the file and the first tensor that is missing, that nothing here has, or that has another shape.
+    """
     parameters = dict(objective.named_parameters())
-    for name, value in load_file(checkpoint.path / _MODEL).items():
+    for name, value in _load(checkpoint.path / _MODEL, _shapes(parameters)).items():
         parameters[name].copy_(_as_dealt(value, parameters[name]))
     for name, average in averages.items():
-        for key, value in checkpoint.ema_weights(name).items():
+        for key, value in _load(checkpoint.path / name / WEIGHTS, _shapes(average.tensors)).items():
             average.tensors[key].copy_(_as_dealt(value, average.tensors[key]))
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for key, value in load_file(checkpoint.path / _OPTIMIZER).items():
+    expected = {
+        f"{kind}.{name}": torch.Size() if kind == "step" else parameter.shape
+        for name, parameter in parameters.items()
+        for kind in STATE[type(owner[parameter])]
+    }
+    if checkpoint.state.get("scaler") and not load_file(checkpoint.path / _OPTIMIZER):
+        return  # fp16's scaler has skipped every step
+    for key, value in _load(checkpoint.path / _OPTIMIZER, expected).items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
         if kind == "step":  # the fused step wants it beside the parameter
@@ -172,6 +211,27 @@ def load_training_state(
         else:  # in its parameter's memory format: on a CPU the fused step reads both in the order in memory
             value = torch.empty_like(parameter).copy_(_as_dealt(value, parameter))
         owner[parameter].state[parameter][kind] = value
+
+
+def _load(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of `file`, which have the names and shapes `expected`."""
+    tensors = load_file(file)
+    _require_equal(file, tensors, expected)
+    return tensors
+
+
+def _require_equal(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise ValueError(f"{file}: {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{file}: {name} is of another model: this one has no such tensor")
+        if found[name].shape != expected[name]:
+            raise ValueError(f"{file}: {name} has the shape {list(found[name].shape)}, not {list(expected[name])}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -218,15 +278,9 @@ def _seal(state: dict[str, Any]) -> str:
 
 def _is_whole(file: Path, sha256: str | None) -> bool:
     try:
-        return file.is_file() and (sha256 is None or sha256_file(file) == sha256)
-    except OSError:  # a disk that can no longer read it
+        return sha256_file(file) == sha256 if sha256 else os.stat(file).st_size > 0
+    except _ABSENT:
         return False
-
-
-def _remove_newer(run: Path, kind: str, images_seen: int) -> None:
-    for other in checkpoint_folders(run, kind):
-        if int(other.name) > images_seen:  # damaged, or this run would have gone on from there
-            remove(other)
 
 
 def _weights(averages: Mapping[str, Average]) -> dict[str, dict[str, Tensor]]:

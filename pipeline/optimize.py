@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Muon, Optimizer
 
+STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each keeps of a parameter
 _UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
 
 
@@ -58,6 +60,17 @@ def lr_at(images_seen: int, *, schedule: str, peak: float, images: int, warmup: 
         case _:
             fall = 1.0
     return peak * max(0.0, min(1.0, rise, fall))
+
+
+def lr_course(
+    images_seen: int, *, schedule: str, peak: float, images: int, warmup: int, decay: float
+) -> list[tuple[int, float]]:
+    """The learning rate from `images_seen` to the end of the run: (images seen, rate) there, at both ends and where the
+    schedule bends between them."""
+    bends = [warmup] + [int(images * (1 - decay))] * (schedule == "trapezoid")
+    places = [images_seen, *sorted(bend for bend in set(bends) if images_seen < bend < images), images]
+    rate = partial(lr_at, schedule=schedule, peak=peak, images=images, warmup=warmup, decay=decay)
+    return [(place, rate(place)) for place in places]
 
 
 def clip_gradients(optimizers: list[Optimizer], limit: float, *, in_step: bool) -> Tensor:

@@ -52,21 +52,21 @@ def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
         )
 
 
-def usable_guidance(asked: float, *, label_dropout: float, classes: int) -> tuple[float, str]:
-    """The guidance with which a model of `classes` that was trained with `label_dropout` can be drawn from, and why it
-    is not the one `asked`, in one line, or nothing.
+def usable_guidance(asked: float, *, without_class: float, classes: int) -> tuple[float, str]:
+    """The guidance with which a model of `classes` can be drawn from, of which the share `without_class` of the images
+    was trained without one, and why it is not the one `asked`, in one line, or nothing.
 
     ValueError for the unconditional model where it was never trained.
     """
     usable, why = asked, ""
-    if label_dropout == 1:
+    if without_class == 1:
         usable, why = 0.0, "no class was ever trained (train.label_dropout=1), so the class asked for says nothing"
     elif classes == 1:
         usable, why = 1.0, "there is one class, from which nothing could be told apart"
-    elif label_dropout == 0 and asked == 0:
+    elif without_class == 0 and asked == 0:
         raise ValueError(
             "sample.guidance = 0: the null class, which it draws, was never trained (train.label_dropout=0): give 1"
         )
-    elif label_dropout == 0:
+    elif without_class == 0:
         usable, why = 1.0, "the null class, which it takes, was never trained (train.label_dropout=0)"
     return usable, f"sample.guidance = {usable:g}, not {asked:g}: {why}" if usable != asked else ""

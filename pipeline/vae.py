@@ -74,7 +74,20 @@ class FrozenVae:
             scaling_factor=float(self.model.config.get("scaling_factor") or 1.0),
             shift_factor=float(self.model.config.get("shift_factor") or 0.0),
             downsampling=self.downsampling,
+            latents_mean=self._per_channel("latents_mean"),
+            latents_std=self._per_channel("latents_std"),
         )
+
+    def _per_channel(self, name: str) -> tuple[float, ...] | None:
+        """A field of the config that has one number a latent channel, or None; ValueError where that is not so."""
+        values, channels = self.model.config.get(name), self.model.config["latent_channels"]
+        if values is None:
+            return None
+        if len(values) != channels or (name == "latents_std" and min(values) <= 0):
+            raise ValueError(
+                f"vae.source: {self.source}: {name} = {list(values)}: not one for each of {channels} channels"
+            )
+        return tuple(float(value) for value in values)
 
     def check(self, cached: VaeIdentity, cache: Path) -> None:
         """ValueError when `cached`, the VAE of the cache at `cache`, is not this one."""

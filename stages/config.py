@@ -153,6 +153,8 @@ class Train(Section):
             raise ValueError(
                 "optimizer muon does not go with precision fp16, whose loss scale serves one optimizer: bf16"
             )
+        if self.warmup > self.images:
+            raise ValueError(f"warmup = {self.warmup} is longer than the run, images = {self.images}: warm up for less")
         if self.schedule == "inverse_sqrt" and not self.warmup:
             raise ValueError("schedule inverse_sqrt falls from the end of the warm-up: give warmup, such as 10000")
         for width in self.ema_widths:

@@ -50,14 +50,15 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
     manifest = latents.manifest
     vae = FrozenVae(config.vae.source, pick_device())
     vae.check(manifest.vae, folder)
-    chosen = _first_of_each_class(latents.labels, config.sample.per_class) if excerpt else np.arange(len(latents))
+    all_labels, classes = latents.named_labels()
+    chosen = _first_of_each_class(all_labels, config.sample.per_class) if excerpt else np.arange(len(latents))
     out = folder / "decoded" if excerpt else folder
-    names = [f"{latents.rows[i]:06d}-{_file_name(manifest.classes[latents.labels[i]])}.png" for i in chosen]
+    names = [f"{latents.rows[i]:06d}-{_file_name(classes[all_labels[i]])}.png" for i in chosen]
     made = [out / "index.html", out / "grid.png", *(out / "images" / name for name in names)]
     if all(file.exists() for file in made):
         print(f"decode: all done: on one sheet: {out}/grid.png, as a page: {out}/index.html")
         return out
-    labels = latents.labels[chosen]
+    labels = all_labels[chosen]
     shown = _first_of_each_class(labels, SHEET_PER_CLASS)
     shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
     sheet = []
@@ -67,8 +68,8 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
             save_png(Image.fromarray(image), out / "images" / names[row])
         sheet.append(images[np.isin(rows, shown)])
     rate = len(chosen) / (time.monotonic() - started)
-    save_png(contact_sheet(np.concatenate(sheet), labels[shown].tolist(), manifest.classes), out / "grid.png")
-    publish(out / "index.html", _page(out, manifest.data_source, labels.tolist(), names, manifest.classes).encode())
+    save_png(contact_sheet(np.concatenate(sheet), labels[shown].tolist(), classes), out / "grid.png")
+    publish(out / "index.html", _page(out, manifest.data_source, labels.tolist(), names, classes).encode())
     print(f"decode: {len(chosen):,} images in {out}/images, {rate:.0f} images/s")
     print(f"decode: on one sheet: {out}/grid.png, as a page: {out}/index.html")
     return out

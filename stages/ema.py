@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.storage import publish
+from data.storage import publish, set_aside
 from pipeline.checkpoint import (
     AVERAGES,
     EMA,
@@ -16,6 +16,7 @@ from pipeline.checkpoint import (
     save_reconstruction,
 )
 from pipeline.ema import gamma_of, reconstruction, weighted_sum
+from stages.run_folder import CONFIG, MARKER, check_run_folder
 from stages.watch import LOG
 
 
@@ -32,10 +33,11 @@ def ema(run: Path, width: float, images: int | None, to: Path | None) -> Path:
         known = ", ".join(str(int(folder.name)) for folder in folders)
         raise ValueError(f"--images {images}: there is no snapshot at that time: choose from {known}")
     _check_target(target, images)
+    check_run_folder(target, "--to")
     snapshots = list(_snapshots([folder for folder in folders if int(folder.name) <= images]))
+    publish(target / MARKER, b"")
     _reconstruct(target, snapshots, width, gamma)
-    if (config := run / "config.yaml").exists():
-        publish(target / "config.yaml", config.read_bytes())
+    _copy_config(run / CONFIG, target / CONFIG)
     print(f"ema: width {width:g} at {images:,} images from {len(snapshots)} snapshots of two averages: {target}")
     return target
 
@@ -46,6 +48,14 @@ def _check_target(target: Path, images: int) -> None:
         raise ValueError(f"--to {target}: a run was trained there: choose another folder")
     if later := [folder.name for folder in checkpoint_folders(target) if int(folder.name) > images]:
         raise ValueError(f"--to {target}: it holds an average at {int(later[-1]):,} images: choose another folder")
+
+
+def _copy_config(source: Path, target: Path) -> None:
+    if not source.exists() or (target.exists() and target.read_bytes() == source.read_bytes()):
+        return
+    if target.exists():
+        print(f"ema: {target} said something else: it is now {set_aside(target).name}", flush=True)
+    publish(target, source.read_bytes())
 
 
 def _snapshots(folders: list[Path]) -> Iterator[Checkpoint]:

@@ -63,7 +63,7 @@ def _lines(latents: LatentCache) -> list[str]:
     ratio = f"{size / pixels:.2f} of their RGB pixels at {manifest.image_size}x{manifest.image_size}"
     if manifest.data_bytes:
         ratio += f", {size / manifest.data_bytes:.2f} of their {human_bytes(manifest.data_bytes)} of files"
-    counts = np.bincount(latents.labels, minlength=len(manifest.classes))
+    counts = latents.class_counts()
     lines = [
         f"{latents.path}: a finished {manifest.format} cache of {manifest.data_source}",
         f"images     {manifest.rows:,} listed = {manifest.committed:,} committed + {manifest.failed:,} failed",
@@ -102,7 +102,8 @@ def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path
     means = torch.from_numpy(latents.read_verified(chosen)[:, 0, :channels].astype(np.float32))
     decoded = torch.cat([to_images(vae.decode(part)) for part in means.split(4)]).cpu().numpy()
     psnrs = [_psnr(a, b) for a, b in zip(images, decoded, strict=True)]
-    names = [latents.manifest.classes[label] for label in latents.labels[chosen]]
+    labels, classes = latents.named_labels()
+    names = [classes[label] for label in labels[chosen]]
     save_png(pairs_sheet(images, decoded, names, [f"{value:.1f} dB" for value in psnrs]), file)
     return len(chosen), _psnr(images, decoded)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -17,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from stages.device import pick_device
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # how many copies the launchers torchrun and accelerate, Open MPI and MPICH, and srun say that they started
 _COPIES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -55,17 +58,24 @@ def computer(accelerator: Accelerator) -> dict[str, str | int]:
     return {
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "device": accelerator.device.type,
+        "device": _device_name(accelerator),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "precision": _precision(accelerator),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        **{name: version(name) for name in ("diffusers", "accelerate")},
     }
 
 
 def describe(accelerator: Accelerator) -> str:
     """Processes, device and precision, in words."""
-    count, device = accelerator.num_processes, accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{count} process{'es' if count > 1 else ''} ({name}, {_precision(accelerator)})"
+    count = accelerator.num_processes
+    return f"{count} process{'es' if count > 1 else ''} ({_device_name(accelerator)}, {_precision(accelerator)})"
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _precision(accelerator: Accelerator) -> str:
@@ -89,10 +99,11 @@ def _computes_bf16(device: torch.device) -> bool:
 
 
 class Preemption:
-    """Within its block, SIGTERM and SIGUSR1 no longer end the process but ask for a save, of all processes alike."""
+    """Within its block, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 no longer end the process but ask for a save, of all
+    processes alike. After a SIGINT, another one or a SIGTERM (as torchrun passes the second one on) ends it at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._received = 0
+        self._received, self._main = 0, accelerator.is_main_process
         # over the network and not the devices: to agree, none of them has to be waited for
         self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -113,7 +124,18 @@ class Preemption:
         return int(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
+            self._say("left at once: nothing was saved since the last checkpoint")
+            os._exit(128 + signal.SIGINT)  # no exception, which whatever runs now might catch or wait for
         self._received = number
+        if number == signal.SIGINT:
+            self._say("this step is finished and saved; once more leaves at once")
+
+    def _say(self, text: str) -> None:
+        """On stderr, past Python's buffers, in which a signal may have interrupted somebody."""
+        if self._main:
+            with contextlib.suppress(OSError):  # nobody listens any more
+                os.write(2, f"train: SIGINT: {text}\n".encode())
 
 
 def in_background(work: Callable[[], None]) -> Future[None]:

@@ -52,11 +52,16 @@ def draw_preview(
 def draw_strip(run: Path, *, size: int, classes: int) -> None:
     """Publish previews.png: one image a class of every preview of a run or, of many, of some at equal distances."""
     files = sorted((run / "previews").glob("*.png"))
-    if not files:
-        return
     last = len(files) - 1
     rows = min(len(files), _STRIP_ROWS)
-    chosen = [files[round(i * last / max(rows - 1, 1))] for i in range(rows)]
-    sheets = [Image.open(file).convert("RGB") for file in chosen]
-    captions = [f"{int(file.stem):,}" for file in chosen]
+    sheets, captions = [], []
+    for file in (files[round(i * last / max(rows - 1, 1))] for i in range(rows)):
+        try:
+            sheets.append(Image.open(file).convert("RGB"))
+        except (OSError, SyntaxError) as error:  # of a picture that is damaged, for which no run has to end
+            print(f"train: passed over {file}: {error}", flush=True)
+        else:
+            captions.append(f"{int(file.stem):,}")
+    if not sheets:
+        return
     save_png(strip(sheets, captions, size=size, classes=classes), run / STRIP)

@@ -66,7 +66,7 @@ def settle(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[int]]:
     state, asked = checkpoint.state, config.sample
     chosen = choose_classes(asked.classes, state["classes"], state["class_counts"])
     guidance, line = usable_guidance(
-        asked.guidance, label_dropout=state["train"]["label_dropout"], classes=len(state["classes"])
+        asked.guidance, without_class=state["without_class"], classes=len(state["classes"])
     )
     if line:
         print(line)

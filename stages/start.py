@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from data.manifest import Manifest
 from pipeline.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
 from pipeline.cost import fitting_rows
 from pipeline.objective import Normalization, coordinate_seed
+from pipeline.optimize import lr_at, lr_course
 from pipeline.unet import LatentUNet
-from stages.config import Config
+from stages.config import Config, Train
+from stages.launch import computer
 
 _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
+_CACHE = ("rows", "committed", "store", "dtype", "views", "preprocessing", "data_fingerprint")  # fields of the manifest
+_FIXED = ("batch_size", "seed", "optimizer", "weighting")  # settings that a run keeps to its end
+# settings that no weight depends on; and the precision, which is known only with the device
+_UNRECORDED = {"tracker", "keep", "keep_every", "preview_every", "precision"}
+_LEARNING_RATE = ("lr", "schedule", "images", "warmup", "decay")
+_BRIEF = reprlib.Repr()  # of a value in a line: there may be a thousand classes
+_BRIEF.maxlist, _BRIEF.maxstring = 8, 100
 
 
 def build_model(config: Config, manifest: Manifest) -> LatentUNet:
@@ -39,13 +49,19 @@ def build_model(config: Config, manifest: Manifest) -> LatentUNet:
 
 def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> Normalization:
     """How this run's latents are brought to about zero mean and unit variance; a run that was fine-tuned keeps to what
-    it began with, which is in its `checkpoint`."""
+    it began with, which is in its `checkpoint`.
+
+    By the VAE: (x - shift) * scaling or, where its config has both per channel, (x - mean) * scaling / std, as in
+    diffusers 0.42's StableDiffusionXLImg2ImgPipeline.prepare_latents.
+    """
     if config.train.init and checkpoint:
         return checkpoint.normalization
     if config.train.normalization == "cache":
         return Normalization(manifest.mean, manifest.std)
-    channels = manifest.latent_channels
-    return Normalization((manifest.vae.shift_factor,) * channels, (1 / manifest.vae.scaling_factor,) * channels)
+    vae, channels = manifest.vae, manifest.latent_channels
+    if vae.latents_mean and vae.latents_std:
+        return Normalization(vae.latents_mean, tuple(std / vae.scaling_factor for std in vae.latents_std))
+    return Normalization((vae.shift_factor,) * channels, (1 / vae.scaling_factor,) * channels)
 
 
 def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -72,24 +88,71 @@ def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
 
 def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
     """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
-    state, train = checkpoint.state, config.train
-    pairs = [
+    state, train, cache = checkpoint.state, config.train, cache_identity(manifest)
+    fixed = [
         *_model_pairs(checkpoint, config),
         *((f"noise.{name}", state["noise"][name], value) for name, value in config.noise.model_dump().items()),
-        ("classes", state["classes"], list(manifest.classes)),
-        ("data fingerprint", state["data_fingerprint"], manifest.data_fingerprint),
-        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest, checkpoint))),
         ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
         ("data.image_size", state["image_size"], manifest.image_size),
-        ("train.batch_size", state["batch_size"], train.batch_size),
-        ("train.seed", state["seed"], train.seed),
-        ("train.optimizer", state["optimizer"], train.optimizer),
-        ("train.weighting", state["weighting"], train.weighting),
+        *((f"train.{name}", state["train"][name], getattr(train, name)) for name in _FIXED),
         ("train.ema and ema_widths", state["widths"], ema_widths(config)),
     ]
-    for name, old, new in pairs:
+    of_latents = [
+        ("classes", state["classes"], list(manifest.classes)),
+        *((f"cache's {name}", state["cache"][name], value) for name, value in cache.items() if name in _CACHE),
+        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest, checkpoint))),
+        ("cache's manifest", state["cache"]["sha256"], cache["sha256"]),
+    ]
+    for name, old, new in fixed + of_latents:
         if old != new:
-            raise ValueError(f"{checkpoint.path}: its {name} is {old}, this run has {new}: choose another --run")
+            way_out = "choose another --run"
+            if (name, old, new) in of_latents:
+                way_out += f"; with train.init={checkpoint.path.parents[1]} it begins with the weights of this one"
+            values = f"is {_BRIEF.repr(old)}, this run has {_BRIEF.repr(new)}"
+            raise ValueError(f"{checkpoint.path}: its {name} {values}: {way_out}")
+
+
+def cache_identity(manifest: Manifest) -> dict[str, Any]:
+    """What a run must find again in its cache, as JSON has it: fields of the manifest, and the SHA-256 of all of it."""
+    return {**manifest.model_dump(mode="json", include=set(_CACHE)), "sha256": manifest.sha256()}
+
+
+def settings_of(train: Train, access: str) -> dict[str, Any]:
+    """What a checkpoint records of the train section, with the `access` that auto has become."""
+    return {**train.model_dump(mode="json", exclude=_UNRECORDED), "access": access}
+
+
+def changes_since(checkpoint: Checkpoint, train: Train, access: str, accelerator: Accelerator) -> list[str]:
+    """A line for the settings that have changed since `checkpoint`, one for what the learning rate does now, and one
+    for the machine and the versions; none where nothing has."""
+    lines, before, now = [], checkpoint.state["train"], settings_of(train, access)
+    if changed := _changed(before, now):
+        lines.append(f"changed since this checkpoint: {changed}")
+    if any(before[name] != now[name] for name in _LEARNING_RATE):
+        lines.append(_learning_rate(checkpoint.images_seen, before, now))
+    if changed := _changed(checkpoint.state["computer"], computer(accelerator)):
+        lines.append(f"{changed}: same images in the same order, but bits may differ")
+    return lines
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    )
+
+
+def _learning_rate(images_seen: int, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What it was in the last step and how it goes on, in words."""
+    was, is_ = ({"peak": each["lr"], **{n: each[n] for n in _LEARNING_RATE[1:]}} for each in (before, now))
+    rate = lr_at(images_seen - now["batch_size"], **was)
+    parts = [f"learning rate ({now['schedule']}): it was {rate:.2g}"]
+    for place, following in lr_course(images_seen, **is_):
+        if f"{following:.2g}" != f"{rate:.2g}":
+            parts.append(f"{'rises' if following > rate else 'falls'} to {following:.2g} at {place:,}")
+        elif place > images_seen:
+            parts.append(f"stays so until {place:,}")
+        rate = following
+    return ", ".join(parts) + " images"
 
 
 def ema_widths(config: Config) -> list[float]:
@@ -145,7 +208,7 @@ def with_batch_size(
     if train.batch_size != "auto":
         return config
     if checkpoint:
-        return _with_train(config, batch_size=checkpoint.state["batch_size"])
+        return _with_train(config, batch_size=checkpoint.state["train"]["batch_size"])
     free, latents = _free_memory(accelerator), manifest.committed * manifest.row_bytes
     if train.access in ("auto", "resident") and latents <= free // 2:  # the loader will hold them there
         free -= latents
@@ -193,8 +256,11 @@ def open_loader(
         world_size=accelerator.num_processes,
         device=accelerator.device,
         access=train.access,
-        streamed=checkpoint.state["streamed"] if checkpoint else None,
+        streamed=checkpoint.state["train"]["access"] == "streamed" if checkpoint else None,
     )
+    if checkpoint and (checkpoint.state["train"]["access"] == "streamed") != (loader.access == "streamed"):
+        kind = "mapped" if loader.access == "streamed" else "streamed"
+        raise ValueError(f"train.access: this run began in another order of images: give train.access={kind}")
     streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=accelerator.device))
     if streamed.any() != streamed.all():  # two orders of images in one run
         raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.cache import LatentCache
 from data.manifest import Manifest
-from data.storage import claim, probe, publish, sweep
+from data.storage import claim, probe, sweep
 from pipeline.checkpoint import (
     AVERAGES,
     CHECKPOINTS,
@@ -28,6 +28,7 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_averages,
     save_checkpoint,
+    set_aside_newer,
 )
 from pipeline.cost import Cost
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
@@ -37,18 +38,22 @@ from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizer
 from pipeline.pairs import usable_guidance
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
-from stages.config import Config, dump_config
+from stages.config import Config
 from stages.launch import Preemption, computer, connect, describe, in_background
 from stages.preview import PREVIEWED, draw_preview, draw_strip
+from stages.run_folder import begin_run_folder, check_run_folder
 from stages.start import (
     as_json,
     begin_with,
     build_model,
+    cache_identity,
+    changes_since,
     check_resumable,
     ema_widths,
     find_checkpoint,
     normalization_of,
     open_loader,
+    settings_of,
     with_batch_size,
 )
 from stages.tracker import Tracker
@@ -60,8 +65,9 @@ _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 def train(config: Config, run: Path) -> None:
     """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one.
 
-    SystemExit with 128 + its number after a SIGTERM or SIGUSR1, once a checkpoint is saved.
+    SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
     """
+    check_run_folder(run, "--run")
     probe(run, "--run")
     accelerator = connect(config.train.precision)
     with claim(run / ".locks" / "train", "training") if accelerator.is_main_process else contextlib.nullcontext():
@@ -96,9 +102,11 @@ class Trainer:
         cache = LatentCache(config.cache.path)
         self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
         self.manifest = cache.manifest
-        self.class_counts = np.bincount(cache.labels, minlength=len(self.manifest.classes))
+        self.class_counts = cache.class_counts()
+        labelled = int(self.class_counts.sum()) / len(cache)
+        self.without_class = 1 - (1 - config.train.label_dropout) * labelled  # the share of images trained so
         self.guidance, line = usable_guidance(
-            config.sample.guidance, label_dropout=config.train.label_dropout, classes=len(self.manifest.classes)
+            config.sample.guidance, without_class=self.without_class, classes=len(self.manifest.classes)
         )
         if line:
             accelerator.print(f"train: previews: {line}")
@@ -135,10 +143,10 @@ class Trainer:
         """The training loop."""
         settings = self.config.train
         if self.main:
-            publish(self.run / "config.yaml", dump_config(self.config).encode())
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
-            begin_log(self.run, self.images_seen)
+            begin_run_folder(self.run, self.config, anew=not self.step)
+            begin_log(self.run, self.images_seen, (self.step - self.window.steps) * self.batch_size)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
         with Preemption(self.accelerator) as preemption, tracker:
@@ -189,21 +197,14 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, accelerator = checkpoint.state, self.accelerator
-        if state["streamed"] != (self.loader.access == "streamed"):
-            kind = "mapped" if self.loader.access == "streamed" else "streamed"
-            raise ValueError(f"train.access: {self.run} began in another order of images: give train.access={kind}")
         load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
         self.step = state["step"]
         self.window.load(state["window"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
-        here = computer(accelerator)
-        changes = [
-            f"{name} {here[name]} instead of {old}" for name, old in state["computer"].items() if here[name] != old
-        ]
-        if changes:
-            accelerator.print(f"train: {', '.join(changes)}: same images, order and learning rate, but bits may differ")
+        for line in changes_since(checkpoint, self.config.train, self.loader.access, accelerator):
+            accelerator.print(f"train: {line}")
 
     def _update(self) -> None:
         """One optimizer step."""
@@ -274,7 +275,7 @@ class Trainer:
             device=self.device,
         ).part(self.loader.part)
         latents = self.normalization.normalize(draw_latents(batch.moments, draws, self.manifest.latent_channels))
-        classes = torch.where(draws.dropped, self.model.null_class, batch.labels)
+        classes = torch.where(draws.dropped | (batch.labels < 0), self.model.null_class, batch.labels)
         columns = (latents, draws.noise, draws.times, classes)
         return list(zip(*(column.chunk(settings.accumulate) for column in columns), strict=True))
 
@@ -337,23 +338,22 @@ class Trainer:
         state = {
             "step": self.step,
             "images_seen": self.images_seen,
-            "batch_size": self.batch_size,
+            "train": settings_of(settings, self.loader.access),
             "classes": self.manifest.classes,
             "class_counts": self.class_counts.tolist(),
-            "train": settings.model_dump(mode="json", exclude={"tracker"}),
+            "without_class": self.without_class,
             "noise": asdict(self.noise),
             "normalization": as_json(self.normalization),
             "image_size": self.manifest.image_size,
             "vae": self.manifest.vae.model_dump(mode="json"),
-            "data_fingerprint": self.manifest.data_fingerprint,
-            "seed": settings.seed,
-            "optimizer": settings.optimizer,
-            "weighting": settings.weighting,
+            "cache": cache_identity(self.manifest),
             "widths": ema_widths(self.config),
-            "streamed": self.loader.access == "streamed",
             "computer": computer(self.accelerator),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
+        if self.main:
+            for path in set_aside_newer(self.run, self.images_seen):
+                print(f"train: set aside as {path}: damaged, or later than where this run went on", flush=True)
         if state["widths"] and scheduled:
             save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(

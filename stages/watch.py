@@ -17,13 +17,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from data.storage import append_line, publish
+from data.storage import append_line, publish, read, set_aside
 from pipeline.cost import peak_flops
 from pipeline.pairs import STEPS
 from stages.pictures import draw_texts, save_png
 
 LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
+_KEYS = {  # of every line
+    "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second", "teraflops_per_second",
+    "data_wait", "memory_gb",
+}  # fmt: skip
 
 
 class Window:
@@ -83,6 +87,11 @@ class Window:
         self.restart_clock()
         return values
 
+    @property
+    def steps(self) -> int:
+        """Since the last log line."""
+        return self._steps
+
     def restart_clock(self) -> None:
         self._started, self._waited, self._timed = time.monotonic(), 0.0, 0
 
@@ -111,12 +120,34 @@ class Window:
         return values
 
 
-def begin_log(run: Path, images_seen: int) -> None:
-    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off."""
+def begin_log(run: Path, images_seen: int, logged: int) -> None:
+    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off.
+
+    Where another line cannot be read, the log as it was is set aside; that is printed, and where it does not reach to
+    the last line that the checkpoint knows of, at `logged` images.
+    """
     log = run / LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["images_seen"] <= images_seen]
-    publish(log, "".join(line + "\n" for line in kept).encode())
+    *lines, _ = read(log).split(b"\n") if log.exists() else [b""]
+    parsed = [_parsed(line) for line in lines]
+    damaged = [number for number, values in enumerate(parsed, 1) if not values]
+    if damaged:
+        what = f"line {damaged[0]} of {log}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        print(
+            f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
+        )
+    kept = {i: v["images_seen"] for i, v in enumerate(parsed) if v and v["images_seen"] <= images_seen}
+    if logged not in (0, *kept.values()):
+        print(f"train: {log} lacks lines: that at {logged:,} images, and perhaps others before it", flush=True)
+    publish(log, b"".join(lines[i] + b"\n" for i in kept))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the log; None where it is not what `log_line` writes."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and values.keys() >= _KEYS else None
 
 
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:

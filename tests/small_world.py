@@ -77,7 +77,7 @@ def write_config(root: Path) -> Path:
             "images": 48,
             "batch_size": 4,
             "precision": "fp32",
-            "warmup": 8,
+            "warmup": 4,
             "ema_halflife": 16,
             "log_every": 8,
             "preview_every": 1000,

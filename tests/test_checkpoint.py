@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import multiprocessing
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +17,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
+import data.storage
 import pipeline.checkpoint
 from pipeline.checkpoint import (
     checkpoint_folders,
@@ -27,7 +31,9 @@ from pipeline.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
     prune_checkpoints,
+    save_averages,
     save_checkpoint,
+    set_aside_newer,
 )
 from pipeline.ema import Average
 from pipeline.objective import Objective
@@ -180,15 +186,14 @@ def change_a_digit_of_the_state(folder: Path) -> None:
     )
 
 
-def make_unreadable(folder: Path) -> None:
-    """Reading fails, as from a rotten block of a disk."""
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+def turn_the_average_into_a_file(folder: Path) -> None:
+    shutil.rmtree(folder / "ema")
+    (folder / "ema").write_bytes(b"")
 
 
 DAMAGE = [
     flip_a_byte, truncate, lose_the_state, lose_the_weights, empty_the_state, change_a_digit_of_the_state,
-    make_unreadable,
+    turn_the_average_into_a_file,
 ]  # fmt: skip
 
 
@@ -210,14 +215,125 @@ def test_where_every_checkpoint_is_damaged_there_is_none(tmp_path: Path) -> None
     assert len(passed_over) == 1
 
 
-def test_saving_never_deletes_what_it_has_just_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "ema/config.json"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_cannot_be_read_now_is_no_damage_and_stops_with_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, code: int
+) -> None:
     save(tmp_path, 6)
-    lose_the_state(save(tmp_path, 12))
-    save(tmp_path, 9)  # the run went on from 6, with another checkpoint_every
+    unreadable = save(tmp_path, 12) / file
+
+    def failing(path: Path, *more: str) -> object:
+        if path == unreadable:
+            raise OSError(code, os.strerror(code))
+        return open(path, *more)
+
+    monkeypatch.setattr(data.storage, "open", failing, raising=False)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        newest_checkpoint(tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (code, str(unreadable))
+
+
+def test_a_block_of_a_file_that_cannot_be_read_stops_with_its_name(tmp_path: Path) -> None:
+    file = save(tmp_path, 6) / "model.safetensors"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        newest_checkpoint(tmp_path)
+    assert caught.value.filename == str(file)
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 6)
+
+    def denied(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="checkpoints"):
+        newest_checkpoint(tmp_path)
+
+
+def test_what_stands_in_the_way_of_a_checkpoint_is_set_aside_and_never_deleted(tmp_path: Path) -> None:
+    for images_seen in (6, 9, 12, 15):
+        save(tmp_path, images_seen)
+        made = trained()
+        save_averages(tmp_path, model=made.objective.model, averages=made.averages, state={"images_seen": images_seen})
+    for images_seen in (9, 12, 15):
+        lose_the_state(checkpoint_path(tmp_path, images_seen))
+    before = tree(tmp_path)
+    for _ in range(2):  # the run went on from 6, with another checkpoint_every; the second time there is nothing left
+        moved = set_aside_newer(tmp_path, 9)
+    assert moved == []
+    expected = {"checkpoints/000000009", "checkpoints/000000012", "checkpoints/000000015"}
+    expected |= {"averages/000000012", "averages/000000015"}
+    after = {}
+    for name, content in before.items():
+        folder = next((folder for folder in expected if name.startswith(folder)), None)
+        after[name.replace(folder, f"{folder}.1") if folder else name] = content
+    assert tree(tmp_path) == after
+    save(tmp_path, 9)
     prune_checkpoints(tmp_path, keep=1, keep_every=0, interval=3, batch_size=3)
-    checkpoint, _ = newest_checkpoint(tmp_path)
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert checkpoint.images_seen == 9
+    assert (checkpoint.images_seen, passed_over) == (9, [])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    """safetensors writes files that nobody else can read: a second user of a run would take them for damaged."""
+    before = os.umask(umask)
+    try:
+        save(tmp_path, 6)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
+def lose(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+def add(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {**tensors, f"{name}.more": tensors[name].clone()}
+
+
+def shorten(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """To one value, which would be broadcast."""
+    return {**tensors, name: tensors[name].flatten()[:1].clone()}
+
+
+@pytest.mark.parametrize(("change", "words"), [(lose, "is missing"), (add, "another model"), (shorten, "shape [1]")])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("model.safetensors", "model.conv_in.bias"),
+        ("model.safetensors", "uncertainty.weight"),
+        ("ema/diffusion_pytorch_model.safetensors", "conv_in.bias"),
+        ("ema_2/diffusion_pytorch_model.safetensors", "classes.weight"),
+        ("optimizer.safetensors", "exp_avg.model.conv_in.bias"),
+        ("optimizer.safetensors", "step.model.conv_in.bias"),
+        ("optimizer.safetensors", "momentum_buffer.uncertainty.weight"),
+    ],
+)
+def test_tensors_that_are_missing_or_of_another_shape_are_refused(
+    tmp_path: Path, file: str, name: str, change: Callable[..., dict[str, torch.Tensor]], words: str
+) -> None:
+    """They would keep their fresh values, or be broadcast."""
+    checkpoint = open_checkpoint(save(tmp_path, 6))
+    tensors = load_file(checkpoint.path / file)
+    save_file(change(tensors, name), checkpoint.path / file)
+    with pytest.raises(ValueError, match=re.escape(f"{checkpoint.path / file}: {name}")) as caught:
+        load_training_state(checkpoint, *parts(build(seed=1)))
+    assert words in str(caught.value)
+    if file.startswith("ema/"):
+        with pytest.raises(ValueError, match=re.escape(f"{checkpoint.path / file}: {name}")):
+            checkpoint.ema_model()
 
 
 def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +404,9 @@ def test_one_that_is_kept_is_whole_wherever_saving_the_next_one_ends(
         assert_whole(run, known)
         if over:
             break
-        save_over(run, made)  # the same run goes on
+        if newest_checkpoint(run)[0].images_seen == 6:  # the same run goes on
+            save_over(run, made)
+        prune_checkpoints(run, keep=1, keep_every=0, interval=6, batch_size=3)
         assert tree(run / "checkpoints") == tree(tmp_path / "after" / "checkpoints")
     assert n > 30
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,6 @@ WAYS = ("resident", "memory", "mapped", "streamed")
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 20 images: a small cache has several, and they go over the ends of epochs."""
     monkeypatch.setattr(loader, "WINDOW_ROWS", 20)
-    streamed_order.cache_clear()
 
 
 def make_loader(
@@ -33,27 +34,52 @@ def make_loader(
 def test_an_epoch_is_a_permutation(count: int) -> None:
     for epoch in range(5):
         np.testing.assert_array_equal(np.sort(epoch_order(count, 0, epoch)), np.arange(count))
-        np.testing.assert_array_equal(np.sort(streamed_order(count, 0, epoch, 32)), np.arange(count))
+        np.testing.assert_array_equal(np.sort(streamed_order(count, 0, epoch, 32, 20)), np.arange(count))
 
 
 def test_orders_of_other_epochs_and_seeds_differ() -> None:
-    for order in (epoch_order, lambda count, seed, epoch: streamed_order(count, seed, epoch, 32)):
+    for order in (epoch_order, lambda count, seed, epoch: streamed_order(count, seed, epoch, 32, 20)):
         orders = {order(73, seed, epoch).tobytes() for seed in range(4) for epoch in range(4)}
         assert len(orders) == 16
 
 
 def test_an_order_is_a_function_of_its_arguments() -> None:
-    first, streamed = epoch_order(73, 1, 2).copy(), streamed_order(73, 1, 2, 32).copy()
+    first, streamed = epoch_order(73, 1, 2).copy(), streamed_order(73, 1, 2, 32, 20).copy()
     epoch_order.cache_clear()
     streamed_order.cache_clear()
     np.testing.assert_array_equal(epoch_order(73, 1, 2), first)
-    np.testing.assert_array_equal(streamed_order(73, 1, 2, 32), streamed)
+    np.testing.assert_array_equal(streamed_order(73, 1, 2, 32, 20), streamed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "order"),
+    [
+        ((1, 0, 0), [0]),
+        ((12, 0, 0), [0, 7, 6, 1, 9, 3, 8, 10, 5, 2, 4, 11]),
+        ((12, 0, 1), [1, 10, 11, 4, 2, 7, 0, 8, 9, 5, 3, 6]),
+        ((12, 7, 0), [0, 1, 9, 3, 11, 5, 2, 6, 10, 7, 8, 4]),
+        ((20, 2**62, 3), [11, 3, 0, 19, 1, 8, 4, 15, 5, 10, 16, 13, 9, 12, 17, 2, 6, 7, 14, 18]),
+        ((12, 0, 0, 4, 12), [10, 4, 8, 11, 5, 0, 6, 7, 2, 9, 1, 3]),
+        ((12, 0, 1, 4, 6), [2, 0, 4, 1, 3, 5, 7, 9, 6, 10, 8, 11]),
+        ((20, 7, 2, 8, 5), [19, 17, 0, 16, 18, 2, 4, 3, 1, 5, 10, 8, 7, 9, 6, 15, 14, 13, 11, 12]),
+    ],
+)
+def test_orders_stay_what_they_were(arguments: tuple[int, ...], order: list[int]) -> None:
+    """numpy does not promise its permutations: with others, a run would go on with images that it has just seen."""
+    function = epoch_order if len(arguments) == 3 else streamed_order
+    assert function(*arguments).tolist() == order
+
+
+def test_long_orders_stay_what_they_were() -> None:
+    orders = epoch_order(100_000, 1, 2), streamed_order(100_000, 1, 2, 1024, 65_536)
+    digests = [hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] for order in orders]
+    assert digests == ["4841afebb60542f5", "0810743a64878186"]
 
 
 def test_a_window_of_a_streamed_epoch_is_of_few_shards() -> None:
     """640 images in 20 shards of 32: a window of 20 images lies in two shards at most."""
     for start in range(0, 640, 20):
-        window = streamed_order(640, 0, 0, 32)[start : start + 20]
+        window = streamed_order(640, 0, 0, 32, 20)[start : start + 20]
         assert len(np.unique(window // 32)) <= 2
         assert (window != np.sort(window)).any()
 
@@ -90,6 +116,60 @@ def test_parts_of_all_processes_make_up_the_batch_of_one(cache: LatentCache, wor
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
         assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [((65_536, 2**30), 73), ((20, 2**30), 20), ((65_536, 48 * 10), 10), ((65_536, 48 * 10 - 1), 9), ((65_536, 1), 1)],
+)
+def test_a_window_is_no_longer_than_an_epoch_and_bounded_in_rows_and_bytes(
+    cache: LatentCache, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], expected: int
+) -> None:
+    assert cache.manifest.row_bytes == 48
+    monkeypatch.setattr(loader, "WINDOW_ROWS", limits[0])
+    monkeypatch.setattr(loader, "WINDOW_BYTES", limits[1])
+    for world_size in (1, 4):  # and the order does not depend on the number of processes, or on the machine
+        batches = make_loader(cache, world_size=world_size, access="streamed")
+        assert batches.window_rows == expected
+        np.testing.assert_array_equal(batches.order(2), streamed_order(73, 3, 2, 32, expected))
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (12, 1), (12, 4), (80, 2)])
+def test_no_more_than_two_windows_are_held_at_once(
+    cache: LatentCache, monkeypatch: pytest.MonkeyPatch, batch_size: int, world_size: int
+) -> None:
+    """One in use and one that is read ahead, and of each this process's share; a batch is the least that there is."""
+    read, held = LatentLoader._read_window, weakref.WeakValueDictionary()
+    limit = max(20, batch_size) // world_size
+
+    def watched(self: LatentLoader, number: int) -> NDArray[np.floating]:
+        assert len(held) <= 1
+        held[number] = window = read(self, number)
+        assert len(window) <= limit
+        return window
+
+    monkeypatch.setattr(LatentLoader, "_read_window", watched)
+    batches = make_loader(cache, batch_size, world_size=world_size, access="streamed")
+    used = [batches.batch(step) for step in range(40)]
+    assert len({len(batch.moments) for batch in used}) == 1
+
+
+def test_a_small_set_is_streamed_at_once(cache: LatentCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limits as they are: before the first step no more than two epochs are read, and not as many rows as fit
+    into a window."""
+    monkeypatch.setattr(loader, "WINDOW_ROWS", 65_536)
+    asked, read = [], cache.read
+
+    def counted(indices: NDArray[np.int64]) -> NDArray[np.floating]:
+        asked.append(len(indices) * cache.manifest.row_bytes)
+        return read(indices)
+
+    monkeypatch.setattr(cache, "read", counted)
+    batches = make_loader(cache, access="streamed")
+    batches.batch(0)
+    batches._batches._thread.shutdown()
+    batches._windows._thread.shutdown()
+    assert 0 < sum(asked) <= 2 * batches.size
 
 
 def test_a_batch_that_processes_cannot_share_equally_is_refused(cache: LatentCache) -> None:

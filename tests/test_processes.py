@@ -115,7 +115,7 @@ def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_and_signalled_ends_as_one_that_was_not(world: World, alone: Path, tmp_path: Path) -> None:
     for lines in (3, 7):  # before the first checkpoint, and between two of them
         kill(start(world, tmp_path, 1), tmp_path, lines)
-    for number, lines in ((signal.SIGTERM, 9), (signal.SIGUSR1, 12)):
+    for number, lines in ((signal.SIGTERM, 8), (signal.SIGUSR1, 10), (signal.SIGINT, 12)):
         process = start(world, tmp_path, 1)
         with after_lines(process, tmp_path, lines):
             process.send_signal(number)
@@ -147,8 +147,32 @@ def test_two_processes_that_are_killed_and_signalled_end_as_those_that_were_not(
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
     assert "SIGTERM: saved at " in printed
+    process = start(world, tmp_path, 2)
+    with after_lines(process, tmp_path, 14):
+        process.send_signal(signal.SIGINT)  # torchrun's, as from a terminal: the two are in sessions of their own
+        printed, _ = process.communicate(timeout=120)
+    assert "SIGINT: saved at " in printed
     finish(start(world, tmp_path, 2))
     assert_same(tmp_path, pair)
+
+
+def test_a_second_ctrl_c_leaves_at_once_without_a_trace(world: World, alone: Path, tmp_path: Path) -> None:
+    """While the first one is being saved, which takes seconds here; the run goes on from the checkpoint before."""
+    process = start(world, tmp_path, 1, module="tests.slow_disk")
+    with after_lines(process, tmp_path, 6):
+        process.send_signal(signal.SIGINT)
+        staged = tmp_path / "checkpoints"
+        while not list(staged.glob(".staged-*")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        printed = finish(process, 130)
+    assert "once more leaves at once" in printed
+    assert "SIGINT: left at once" in printed
+    assert "SIGINT: saved" not in printed
+    assert "Traceback" not in printed
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000100"]
+    finish(start(world, tmp_path, 1))
+    assert_same(tmp_path, alone)
 
 
 def test_two_processes_become_one_that_goes_on_at_the_same_place_and_rate(
@@ -159,7 +183,7 @@ def test_two_processes_become_one_that_goes_on_at_the_same_place_and_rate(
     shutil.rmtree(checkpoint_folders(run)[-1])
     printed = succeed("train", world.config, run, *LONG)
     assert f"continuing {run} at 300 images" in printed
-    assert "processes 1 instead of 2" in printed
+    assert "processes 2 -> 1" in printed
     assert "bits may differ" in printed
     rates = [[(line["images_seen"], line["lr"]) for line in log_of(each)] for each in (run, alone, pair)]
     assert rates[0] == rates[1] == rates[2]

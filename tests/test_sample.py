@@ -89,7 +89,7 @@ def test_classes_without_images_are_left_out_aloud_and_refused_by_name(capsys: p
     ],
 )
 def test_guidance_is_that_of_what_was_trained(asked: float, label_dropout: float, classes: int, usable: float) -> None:
-    guidance, why = usable_guidance(asked, label_dropout=label_dropout, classes=classes)
+    guidance, why = usable_guidance(asked, without_class=label_dropout, classes=classes)
     assert guidance == usable
     assert why.startswith(f"sample.guidance = {usable}, not {asked:g}: ") if usable != asked else not why
 

@@ -70,12 +70,16 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
 ) -> None:
     run = tmp_path / "run"
     interrupt(monkeypatch, config, run, at_step=9)
-    damage(run / "checkpoints" / "000000032")
+    damaged = run / "checkpoints" / "000000032"
+    damage(damaged)
+    before = tree(damaged)
     capsys.readouterr()
     train(config, run)
     printed = capsys.readouterr().out
-    assert f"train: passed over {run / 'checkpoints' / '000000032'}" in printed
+    assert f"train: passed over {damaged}" in printed
     assert "at 16 images" in printed
+    assert f"train: set aside as {damaged}.1: damaged" in printed
+    assert tree(Path(f"{damaged}.1").rename(tmp_path / "aside")) == before
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
     assert log_of(run) == log_of(world.run)
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from data.manifest import VaeIdentity
 from data.solids import render
 from pipeline.anchor import SIGMA, anchored_autoencoder
 from pipeline.vae import FrozenVae, to_images, to_pixels
@@ -98,6 +99,34 @@ def test_the_identity_is_a_function_of_the_weights_alone(folder: Path, tmp_path:
     assert moved.identity().weights_sha256 == first.identity().weights_sha256
 
 
+def with_config(folder: Path, to: Path, **changes: object) -> Path:
+    """A copy of the VAE in `folder` with other fields in its config."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    (to / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return to
+
+
+def test_the_identity_has_mean_and_std_per_channel_where_the_config_has_them(folder: Path, tmp_path: Path) -> None:
+    assert FrozenVae(str(folder)).identity().latents_mean is None
+    fields = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 2.0, 3.0, 0.25], "scaling_factor": 0.5}
+    identity = FrozenVae(str(with_config(folder, tmp_path / "vae", **fields))).identity()
+    assert identity.latents_mean == (0.5, -1.0, 0.0, 2.0)
+    assert identity.latents_std == (1.0, 2.0, 3.0, 0.25)
+    assert VaeIdentity(**identity.model_dump(mode="json")) == identity
+
+
+@pytest.mark.parametrize(
+    "fields", [{"latents_mean": [0.5]}, {"latents_std": [1.0, 1.0, 0.0, 1.0]}, {"latents_std": [1.0] * 5}]
+)
+def test_a_mean_or_std_that_does_not_fit_the_channels_is_refused(
+    folder: Path, tmp_path: Path, fields: dict[str, list[float]]
+) -> None:
+    vae = FrozenVae(str(with_config(folder, tmp_path / "vae", **fields)))
+    with pytest.raises(ValueError, match=rf"^vae.source: .*{next(iter(fields))} = .* 4 channels"):
+        vae.identity()
+
+
 def test_one_changed_weight_is_another_vae(folder: Path, tmp_path: Path) -> None:
     vae = FrozenVae(str(folder))
     cached = vae.identity()
@@ -125,13 +154,6 @@ def refusal(source: Path | str) -> str:
     ) as e:
         FrozenVae(str(source))
     return str(e.value).split(": ", 2)[2]
-
-
-def with_config(folder: Path, to: Path, **changes: object) -> Path:
-    shutil.copytree(folder, to)
-    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
-    (to / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-    return to
 
 
 @pytest.mark.parametrize("index", [True, False])
