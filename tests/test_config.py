@@ -83,9 +83,9 @@ def test_a_wrong_value_is_refused_with_file_field_and_value(
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
-    text = "train:\n  lr: 1\n  images: 5\n"
+    text = "train:\n  lr: 1\n  images: 5000\n"
     config = load(tmp_path, text, "train.lr=2", "train.lr=3", "model.channels=[8, 16]", "name=other", "cache.flip=no")
-    assert (config.train.lr, config.train.images, config.model.channels) == (3, 5, (8, 16))
+    assert (config.train.lr, config.train.images, config.model.channels) == (3, 5000, (8, 16))
     assert (config.name, config.cache.flip) == ("other", False)
 
 

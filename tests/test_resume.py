@@ -24,6 +24,14 @@ def begin(world: World, run: Path, *overrides: str) -> None:
     succeed("train", world.config, run, *overrides, SHORT)
 
 
+@pytest.fixture(scope="module")
+def begun(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run at 16 images, to copy."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    begin(world, run)
+    return run
+
+
 def lines_of(printed: str, start: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith(start)]
 
@@ -47,12 +55,12 @@ def lines_of(printed: str, start: str) -> list[str]:
     ],
 )
 def test_a_setting_that_changes_is_said_with_both_values(
-    world: World, tmp_path: Path, override: str, change: str
+    world: World, begun: Path, tmp_path: Path, override: str, change: str
 ) -> None:
-    begin(world, tmp_path)
+    run = shutil.copytree(begun, tmp_path / "run")
     expected = {change, "images 16 -> 20"} if "images" not in override else {change}
     longer = () if "images" in override else ("train.images=20",)
-    said = lines_of(succeed("train", world.config, tmp_path, *longer, override), "train: changed")
+    said = lines_of(succeed("train", world.config, run, *longer, override), "train: changed")
     assert [set(re.split(r", (?![\d.])", line.split(": ", 2)[2])) for line in said] == [expected]
 
 
@@ -68,15 +76,15 @@ def test_a_run_that_goes_on_as_it_was_says_nothing_of_changes(world: World, tmp_
 
 
 def test_another_machine_or_version_is_said_with_both_values(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin(world, tmp_path)
-    known = state_of(tmp_path, 16)["computer"]
+    run = shutil.copytree(begun, tmp_path / "run")
+    known = state_of(run, 16)["computer"]
     assert known.keys() >= {"torch", "numpy", "diffusers", "accelerate", "processes", "threads", "device"}
     monkeypatch.setattr("numpy.__version__", "9.9")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "Z80")
     monkeypatch.setattr("stages.launch.version", lambda name: f"{name} of tomorrow")
-    (line,) = lines_of(succeed("train", world.config, tmp_path, "train.images=20"), "train: instructions")
+    (line,) = lines_of(succeed("train", world.config, run, "train.images=20"), "train: instructions")
     assert line == (
         f"train: instructions {known['instructions']} -> Z80, numpy {known['numpy']} -> 9.9,"
         f" diffusers {known['diffusers']} -> diffusers of tomorrow,"
@@ -174,11 +182,13 @@ def test_the_hash_of_a_manifest_is_the_one_that_it_ends_with(world: World) -> No
 
 @pytest.mark.parametrize("change", ["--extend", "--retry-failed"])
 def test_a_run_whose_cache_was_extended_or_retried_is_shown_the_way_by_train_init(
-    world: World, tmp_path: Path, change: str
+    world: World, begun: Path, tmp_path: Path, change: str
 ) -> None:
-    run, cache = tmp_path / "run", f"cache.path={shutil.copytree(world.cache, tmp_path / 'cache')}"
+    run, cache = (
+        shutil.copytree(begun, tmp_path / "run"),
+        f"cache.path={shutil.copytree(world.cache, tmp_path / 'cache')}",
+    )
     source = f"data.source={shutil.copytree(world.images, tmp_path / 'images')}"
-    begin(world, run)
     make_images(tmp_path / "more")
     new = "cat/6.png" if change == "--extend" else BROKEN
     shutil.copy(tmp_path / "more" / "cat" / "0.png", tmp_path / "images" / new)
