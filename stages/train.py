@@ -340,7 +340,7 @@ class Trainer:
             "batch_size": self.batch_size,
             "classes": self.manifest.classes,
             "class_counts": self.class_counts.tolist(),
-            "train": settings.model_dump(mode="json", exclude={"tracker"}),
+            "train": settings.model_dump(mode="json", exclude={"access", "tracker"}),
             "noise": asdict(self.noise),
             "normalization": as_json(self.normalization),
             "image_size": self.manifest.image_size,
