@@ -42,7 +42,13 @@ class FrozenVae:
         self.source = source
         self.device = torch.device(device)
         self.model = _load(source).requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
-        self.downsampling = _PROBE // self.encode(torch.zeros(1, 3, _PROBE, _PROBE)).shape[-1]
+        self.downsampling = self._measure_downsampling()
+
+    @torch.inference_mode()
+    def _measure_downsampling(self) -> int:
+        encoded = self.model.encode(torch.zeros(1, 3, _PROBE, _PROBE, device=self.device))
+        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+        return _PROBE // latents.shape[-1]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
