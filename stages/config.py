@@ -197,7 +197,15 @@ _BRIEF = reprlib.Repr()  # of a value in an error: a few aliases in YAML can sta
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 
-_TEXTS = ("name", "source", "path", "init", "matte")  # keys whose values stay as they are written
+_TEXTS = (
+    "name",
+    "source",
+    "path",
+    "init",
+    "matte",
+    "image_column",
+    "label_column",
+)  # keys whose values stay as they are written
 
 
 class _Loader(yaml.SafeLoader):

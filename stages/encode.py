@@ -121,10 +121,11 @@ def plan_rows(
     found, rows = existing_plan(path), Rows.of(source)
     if found:
         rows, change = Rows.aligned(source, path, found)
-        if found.data_fingerprint != source.fingerprint():
+        if any(change):
             if isinstance(found, Manifest):
                 verified(path, found, FAILURES)  # or nobody could tell which images had failed
-            change.edited.extend(_other_contents(config, source, rows, change.touched))
+            if found.data_fingerprint != source.fingerprint():
+                change.edited.extend(_other_contents(config, source, rows, change.touched))
             failed = {failure.key for failure in recorded_failures(path)}
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
             rows = rows.with_stamps_of(path, found, change.touched)

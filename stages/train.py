@@ -67,7 +67,7 @@ def train(config: Config, run: Path) -> None:
 
     SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
     """
-    check_run_folder(run, "--run")
+    check_run_folder(run, "--run", cache=config.cache.path)
     probe(run, "--run")
     accelerator = connect(config.train.precision)
     with claim(run / ".locks" / "train", "training") if accelerator.is_main_process else contextlib.nullcontext():

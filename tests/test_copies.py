@@ -15,7 +15,7 @@ from data.cache import DIGESTS
 from data.source import content_digest
 from tests.small_world import make_vae as make_tiny_vae
 from tests.small_world import run_stage, succeed, tree, write_config
-from tests.test_stages import refuse
+from tests.test_encode import refuse
 
 COMPARED = "of the size, but not of the time of before: comparing contents"
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 
 import stages.decode
 import stages.encode
@@ -44,7 +45,8 @@ def _quick(world: World) -> Iterator[None]:
         vae = functools.cache(stages.encode.FrozenVae)
         for module in (stages.encode, stages.info, stages.decode):
             patch.setattr(module, "FrozenVae", vae)
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"curves"))
+        blank = Image.new("RGB", (100, 60))
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: blank.save(file, "PNG"))
         yield
 
 
@@ -105,7 +107,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "vae": {"source": str(make_vae(root / "vae", seed=0))},
         "cache": {"path": str(root / "cache"), "batch_size": 4, "workers": 0},
         "model": {"channels": [8, 16], "blocks": 1, "depth": 1, "head_width": 8},
-        "train": {"batch_size": 4, "precision": "fp32", "log_every": 8},
+        "train": {"batch_size": 4, "precision": "fp32", "log_every": 8, "warmup": 4},
         "sample": {"per_class": 2},
     }
     (root / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -24,12 +24,12 @@ def drawn(run: Path) -> LatentCache:
 
 
 def train_on(world: World, folder: Path, classes: tuple[str, ...], *overrides: str) -> tuple[str, ...]:
-    """A run of two steps in `folder` on pictures of `classes`; the overrides that name them."""
+    """Two steps of a run in the folder `run` of `folder`, on pictures of `classes`; the overrides that name them."""
     if not (folder / "images").exists():
         make_images(folder / "images", classes)
     given = (f"data.source={folder / 'images'}", f"cache.path={folder / 'cache'}", "train.images=8", *overrides)
     succeed("encode", world.config, folder, *given)
-    succeed("train", world.config, folder, *given)
+    succeed("train", world.config, folder / "run", *given)
     return given
 
 
@@ -127,8 +127,8 @@ def test_without_trained_classes_the_unconditional_model_is_drawn(world: World, 
 
 def test_one_class_has_nothing_to_be_guided_from(world: World, tmp_path: Path) -> None:
     given = train_on(world, tmp_path, ("cat",))
-    assert "sample.guidance = 1, not 2: there is one class" in succeed("sample", world.config, tmp_path, *given)
-    assert drawn(tmp_path).labels.tolist() == [0] * 3
+    assert "sample.guidance = 1, not 2: there is one class" in succeed("sample", world.config, tmp_path / "run", *given)
+    assert drawn(tmp_path / "run").labels.tolist() == [0] * 3
 
 
 def test_a_class_all_of_whose_images_failed_is_not_drawn_nor_previewed(world: World, tmp_path: Path) -> None:
@@ -136,24 +136,26 @@ def test_a_class_all_of_whose_images_failed_is_not_drawn_nor_previewed(world: Wo
     for file in (tmp_path / "images" / "ant").iterdir():
         file.write_bytes(b"nothing")
     given = train_on(world, tmp_path, ())
-    assert state_of(tmp_path, 8)["class_counts"] == [0, 6, 6]
-    printed = succeed("sample", world.config, tmp_path, *given)
+    assert state_of(tmp_path / "run", 8)["class_counts"] == [0, 6, 6]
+    printed = succeed("sample", world.config, tmp_path / "run", *given)
     assert "1 of 3 classes have no images and are left out, the first of them 'ant'" in printed
-    assert drawn(tmp_path).labels.tolist() == [1, 2] * 3
-    result = run_stage("sample", world.config, tmp_path, *given, "sample.classes=[cat,ant]")
+    assert drawn(tmp_path / "run").labels.tolist() == [1, 2] * 3
+    result = run_stage("sample", world.config, tmp_path / "run", *given, "sample.classes=[cat,ant]")
     assert result.exit_code == 2
     assert "sample.classes: 'ant' had no images in training" in result.stderr
     tile = -(-64 // IMAGE_SIZE) * IMAGE_SIZE + 2
-    assert Image.open(tmp_path / "previews" / "000000008.png").height == 2 * tile + 2
-    assert Image.open(tmp_path / "previews.png").height == tile + 2
+    assert Image.open(tmp_path / "run" / "previews" / "000000008.png").height == 2 * tile + 2
+    assert Image.open(tmp_path / "run" / "previews.png").height == tile + 2
 
 
 def test_classes_called_by_numbers_are_drawn_by_name(world: World, tmp_path: Path) -> None:
     given = train_on(world, tmp_path, ("008", "010", "2"))
-    for asked, labels in (("010", [1]), ("[2, 008]", [2, 0]), ("index:2", [2]), ("0", [0])):
-        shutil.rmtree(tmp_path / "samples", ignore_errors=True)
-        printed = succeed("sample", world.config, tmp_path, *given, f"sample.classes={asked}", "sample.per_class=1")
-        assert drawn(tmp_path).labels.tolist() == labels, printed
+    for asked, labels in (("010", [2]), ("[2, 008]", [0, 1]), ("index:2", [2]), ("0", [0])):
+        shutil.rmtree(tmp_path / "run" / "samples", ignore_errors=True)
+        printed = succeed(
+            "sample", world.config, tmp_path / "run", *given, f"sample.classes={asked}", "sample.per_class=1"
+        )
+        assert drawn(tmp_path / "run").labels.tolist() == labels, printed
 
 
 def test_the_same_classes_are_the_same_samples_however_they_are_named(world: World, tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ def test_the_name_of_any_class_is_part_of_a_file_name(name: str) -> None:
 def test_classes_of_any_name_go_all_the_way_to_images_and_a_page(world: World, tmp_path: Path) -> None:
     make_images(tmp_path / "images", NAMES)
     given = train_on(world, tmp_path / "$run's", (), f"data.source={tmp_path / 'images'}")
-    printed = succeed("sample", world.config, tmp_path / "$run's", *given, "sample.per_class=1")
+    printed = succeed("sample", world.config, tmp_path / "$run's" / "run", *given, "sample.per_class=1")
     assert all(line.startswith(("sample: ", "decode: ", "no font ")) for line in printed.splitlines())
-    cache = drawn(tmp_path / "$run's")
+    cache = drawn(tmp_path / "$run's" / "run")
     keys = cache.keys()
     assert sorted(key.split("/")[0] for key in keys) == sorted(NAMES)
     assert [json.loads(line)["row"] for line in (cache.path / "rows.jsonl").read_text().splitlines()] == [*range(10)]
