@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 _MAX_PROCESSES = 32
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's share of the machine, in microseconds a period
 
 
 def process_count(asked: int | str) -> int:
@@ -16,8 +17,7 @@ def process_count(asked: int | str) -> int:
     if asked != "auto":
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")  # a container's share of the machine, in microseconds a period
-    if limit.is_file() and (quota := limit.read_text(encoding="ascii").split())[0] != "max":
+    if _CPU_LIMIT.is_file() and (quota := _CPU_LIMIT.read_text(encoding="ascii").split())[0] != "max":
         cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
     return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _MAX_PROCESSES))
 

@@ -21,6 +21,7 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import stages.device
 import stages.encode
 from data.cache import FAILURES, LatentCache
 from data.manifest import Manifest
@@ -87,6 +88,39 @@ def test_jobs_in_any_order_write_the_bytes_of_one(config: Path, format_: str) ->
             assert not (config.parent / f"jobs{number}" / "manifest.json").exists()
             encode(config, f"cache.format={format_}", more=["--job", f"{job}/3"], to=f"jobs{number}")
         assert tree(config.parent / f"jobs{number}") == whole
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "auto"])
+def test_processes_that_encode_write_the_bytes_of_one(config: Path, workers: str) -> None:
+    break_images(config, "cat/03.png")
+    encode(config, to="whole")
+    encode(config, f"cache.workers={workers}")
+    assert tree(config.parent / "cache") == tree(config.parent / "whole")
+
+
+def test_processes_that_have_no_memory_for_a_batch_each_read_ahead(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrozenVae, "encoding_bytes", lambda vae, batch_size, image_size: 2**60)
+    encode(config, "cache.workers=2", to="large")
+    monkeypatch.undo()
+    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 16)
+    encode(config)
+    assert tree(config.parent / "large") == tree(config.parent / "cache")
+
+
+@pytest.mark.parametrize(
+    ("limit", "local", "expected"), [("max 100000", "1", 6), ("250000 100000", "1", 3), ("max 100000", "4", 1)]
+)
+def test_processes_are_counted_by_the_cores_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, local: str, expected: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(stages.device, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert stages.device.process_count("auto") == expected
+    assert stages.device.process_count(5) == 5
 
 
 def test_processes_of_a_launcher_share_the_work(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

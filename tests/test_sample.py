@@ -11,9 +11,22 @@ import pytest
 from PIL import Image
 
 from data.cache import LatentCache
+from data.manifest import Manifest
 from pipeline.pairs import usable_guidance
+from stages.config import load_config
 from stages.sample import choose_classes
-from tests.small_world import CLASSES, IMAGE_SIZE, World, make_images, run_stage, state_of, succeed, tree
+from stages.start import build_model
+from tests.small_world import (
+    CLASSES,
+    IMAGE_SIZE,
+    World,
+    make_images,
+    run_stage,
+    state_of,
+    succeed,
+    tree,
+    weights_of,
+)
 
 NUMBERS = ["1", "2", "3", "010", "index:1"]
 
@@ -135,6 +148,9 @@ def test_a_class_all_of_whose_images_failed_is_not_drawn_nor_previewed(world: Wo
     make_images(tmp_path / "images", ("ant", "cat", "owl"))
     for file in (tmp_path / "images" / "ant").iterdir():
         file.write_bytes(b"nothing")
+    cache = f"cache.path={tmp_path / 'cache'}"
+    said = succeed("encode", world.config, tmp_path / "run", f"data.source={tmp_path / 'images'}", cache)
+    assert "encode: 1 class without images, such as ant: no sample can be drawn of it" in said
     given = train_on(world, tmp_path, ())
     assert state_of(tmp_path / "run", 8)["class_counts"] == [0, 6, 6]
     printed = succeed("sample", world.config, tmp_path / "run", *given)
@@ -156,6 +172,25 @@ def test_classes_called_by_numbers_are_drawn_by_name(world: World, tmp_path: Pat
             "sample", world.config, tmp_path / "run", *given, f"sample.classes={asked}", "sample.per_class=1"
         )
         assert drawn(tmp_path / "run").labels.tolist() == labels, printed
+
+
+def test_images_without_a_class_are_trained_without_one(world: World, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", ("cat", "dog"))
+    for number in range(3):
+        shutil.copy(tmp_path / "images" / "cat" / f"{number}.png", tmp_path / "images" / f"top{number}.png")
+    given = train_on(world, tmp_path, (), "train.label_dropout=0", "train.images=32", "train.lr=1e-3")
+    state = state_of(tmp_path / "run", 32)
+    assert (state["class_counts"], state["without_class"]) == ([6, 6], 1 - 12 / 15)
+    rows = weights_of(tmp_path / "run", 32)["classes.weight"]
+    before = build_model(load_config(world.config, given), Manifest.load(tmp_path / "cache")).classes.weight
+    assert ((rows - before).abs().amax(1) > 0).all()  # the null class, too, has learnt
+    assert "not 2" not in succeed("sample", world.config, tmp_path / "run", *given)  # so it can guide
+    assert drawn(tmp_path / "run").labels.tolist() == [0, 1] * 3
+    cache = str(tmp_path / "cache")
+    succeed("decode", world.config, tmp_path / "run", *given, "sample.per_class=1", more=("--cache", cache))
+    names = [file.name for file in sorted((tmp_path / "cache" / "decoded" / "images").iterdir())]
+    assert names == ["000000-cat.png", "000006-dog.png", "000012-no_class.png"]
+    assert "15 listed" in succeed("info", world.config, tmp_path / "run", *given)
 
 
 def test_the_same_classes_are_the_same_samples_however_they_are_named(world: World, tmp_path: Path) -> None:
