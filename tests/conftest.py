@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,21 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU a run can be repeated bit 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # and not on an Apple GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: threads cost more than they bring
+
+_LONGEST = ("test_processes", "test_rot", "test_crash", "test_run_folder", "test_ways_to_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that processes which share the files end at about the same time."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half of a run's time here; tests/test_watching.py looks at them."""
+    train = sys.modules.get("stages.train")  # not imported by tests that do without torch
+    if train and request.path.stem != "test_watching":
+        monkeypatch.setattr(train, "draw_curves", lambda run: None)
 
 
 @pytest.fixture(scope="session")
