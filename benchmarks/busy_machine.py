@@ -2,8 +2,9 @@
 
     python -m benchmarks.busy_machine path/to/cifar10 [--against path/to/another/checkout]
 
-Both are the commands that a user calls, in processes of their own: encode of a data set, from listing the files to the
-finished cache, and a number of training steps (the median of log.jsonl). With `--against`, the same commands are run in
+All are the commands that a user calls, in processes of their own: encode of a data set, from listing the files to the
+finished cache, and training steps (the median of log.jsonl), by the threads of one process and by two processes of a
+thread each, as with NPROC=2. With `--against`, the same commands are run in
 another checkout of this repository, in turn with this one, so that a change is measured on the same machine and hour.
 """
 
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -54,9 +56,15 @@ def main(
         for number in range(rounds):
             for beside in (0, busy):
                 for checkout in [path for path in (against, HERE) if path]:
-                    with _busy(beside):
-                        pair = _encode(checkout, work, images, overrides), _train(checkout, work, overrides)
-                    for what, rate in zip(("encode", "train"), pair, strict=True):
+                    ways: dict[str, Callable[[], float]] = {
+                        "encode": partial(_encode, checkout, work, images, overrides),
+                        "train": partial(_train, checkout, work, overrides, processes=1),
+                    }
+                    if checkout == HERE:
+                        ways["train, NPROC=2"] = partial(_train, checkout, work, overrides, processes=2)
+                    for what, measure in ways.items():
+                        with _busy(beside):
+                            rate = measure()
                         name = f"{what}, {'idle' if not beside else f'{beside} busy'}, {_name(checkout)}"
                         rates.setdefault(name, []).append(rate)
                         print(f"round {number + 1}  {name:40} {rate:8.1f} images/s", flush=True)
@@ -97,14 +105,14 @@ def _encode(checkout: Path, work: Path, images: int, overrides: tuple[str, ...])
     return images / (time.perf_counter() - started)
 
 
-def _train(checkout: Path, work: Path, overrides: tuple[str, ...]) -> float:
+def _train(checkout: Path, work: Path, overrides: tuple[str, ...], *, processes: int) -> float:
     subprocess.run(["rm", "-r", "-f", str(work / "run")], check=True)
-    _stage(checkout, "train", work, overrides)
+    _stage(checkout, "train", work, overrides, processes)
     lines = (work / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return statistics.median(json.loads(line)["images_per_second"] for line in lines[1:])
 
 
-def _stage(checkout: Path, stage: str, work: Path, overrides: tuple[str, ...]) -> None:
+def _stage(checkout: Path, stage: str, work: Path, overrides: tuple[str, ...], processes: int = 1) -> None:
     settings = (
         f"data.source={work}/images",
         f"cache.path={work}/cache",
@@ -117,10 +125,23 @@ def _stage(checkout: Path, stage: str, work: Path, overrides: tuple[str, ...]) -
         "sample.per_class=1",
         *overrides,
     )
-    command = [sys.executable, "-m", "stages", stage, "--config", "configs/cifar10.yaml", "--run", str(work / "run")]
+    launcher = ["-m", "stages"]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    if processes > 1:  # as the Makefile does
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            "-m",
+            "--",
+            "stages",
+        ]
+        threads = max((os.cpu_count() or 1) // processes, 1)
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *launcher, stage, "--config", "configs/cifar10.yaml", "--run", str(work / "run")]
     for setting in settings:
         command += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     subprocess.run(
         command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
