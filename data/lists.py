@@ -70,7 +70,7 @@ def number_classes(
     labels = [_composed(label) for label in labels]
     distinct = {label for label in labels if label is not None}
     notes = []
-    if not distinct and not names:
+    if not distinct:
         notes.append(f"no image has a class: all are one, {ONE_CLASS}, for a model without classes")
         return (ONE_CLASS,), np.zeros(len(labels), np.int64), notes
     texts = [key for key, label in zip(keys, labels, strict=True) if isinstance(label, str) and not label.isdecimal()]

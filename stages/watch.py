@@ -24,6 +24,7 @@ from stages.pictures import draw_texts, save_png
 
 LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
+_SHARED = 0.8  # of the cores that a run has threads for: with less, it competes with other work
 _KEYS = {  # of every line
     "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second", "teraflops_per_second",
     "data_wait", "memory_gb",
@@ -62,9 +63,10 @@ class Window:
         """A block that does not count in images/s: checkpoints and previews."""
         if self._accelerator.device.type == "cuda":
             torch.cuda.synchronize()  # the steps that it is still at do count
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
         yield
         self._started += time.monotonic() - started
+        self._cpu += time.process_time() - cpu
 
     def close(self, *, step: int, batch_size: int, lr: float) -> dict[str, Any]:
         """The log line of the window that ends after `step`; it starts anew. All processes call it."""
@@ -78,7 +80,7 @@ class Window:
             "gradient_norm": sums[1] / steps,
             "lr": lr,
             "loss_by_noise": [total / count if count else None for total, count in pairs],
-            **self._speed(self._timed * batch_size / seconds),
+            **self._speed(self._timed * batch_size / seconds, (time.process_time() - self._cpu) / seconds),
             "data_wait": round(self._waited / seconds, 4),
             "memory_gb": round(peak_memory(self._accelerator.device) / 1e9, 3),
         }
@@ -94,6 +96,7 @@ class Window:
 
     def restart_clock(self) -> None:
         self._started, self._waited, self._timed = time.monotonic(), 0.0, 0
+        self._cpu = time.process_time()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the sums of every process, as JSON keeps them exactly. All processes call it."""
@@ -109,7 +112,8 @@ class Window:
             self._sums = torch.cat([sums[:, :2].mean(dim=0), sums[:, 2:].sum(dim=0) / processes])
         self._steps = state["steps"]
 
-    def _speed(self, images_per_second: float) -> dict[str, float]:
+    def _speed(self, images_per_second: float, cores: float) -> dict[str, float]:
+        """`cores` are those that the process had, on average."""
         rate = images_per_second * self.flops
         values = {"images_per_second": round(images_per_second, 1), "teraflops_per_second": round(rate / 1e12, 4)}
         if self._accelerator.device.type == "cuda":
@@ -117,6 +121,10 @@ class Window:
             peak = peak_flops(torch.cuda.get_device_name(self._accelerator.device), half=half)
             if peak:
                 values["flop_share"] = round(rate / (peak * self._accelerator.num_processes), 4)
+        elif (
+            self._accelerator.device.type == "cpu" and self._accelerator.num_processes == 1
+        ):  # which waits for no other
+            values["core_share"] = round(min(cores / torch.get_num_threads(), 1.0), 3)
         return values
 
 
@@ -153,7 +161,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:
     """Add `values` to the log and say them in one line, with the time that is left of a run of `images`."""
     append_line(run / LOG, json.dumps(values))
-    seen = values["images_seen"]
+    seen, core_share = values["images_seen"], values.get("core_share", 1.0)
+    shared = core_share < _SHARED and values["data_wait"] < 1 - _SHARED
     left = max(images - seen, 0) / max(values["images_per_second"], 0.1)  # as slow as the log can say
     print(
         f"train: {seen:>{len(f'{images:,}')},} of {images:,} images   loss {values['loss']:.4f}"
@@ -161,6 +170,7 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
         f"   {values['images_per_second']:,.1f} images/s"
         + (f", {values['flop_share']:.0%} of the GPU's peak" if "flop_share" in values else "")
         + (f", {values['data_wait']:.0%} waiting for data" if values["data_wait"] >= 0.005 else "")
+        + (f", other work takes {1 - core_share:.0%} of its cores" if shared else "")
         + (f"   {_duration(left)} left" if left else ""),
         flush=True,
     )

@@ -20,7 +20,7 @@ from stages.cli import main
 CLASSES = ("cat", "dog & <fox>")  # the second has to be escaped in a page and in a file's name
 IMAGE_SIZE = 16
 BROKEN = "cat/3.png"
-MEASURED = {"images_per_second", "teraflops_per_second", "data_wait", "memory_gb"}
+MEASURED = {"images_per_second", "teraflops_per_second", "core_share", "data_wait", "memory_gb"}
 
 
 @dataclass(frozen=True)

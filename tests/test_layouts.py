@@ -75,7 +75,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 
 def test_images_in_one_flat_folder_are_one_class_which_is_said(tmp_path: Path, spread: Callable[[Path], str]) -> None:
-    contents = {"1.png": picture(1), "2.png": picture(2), "notes.txt": b""}
+    contents = {"1.png": picture(1), "2.png": picture(2), "notes.txt": b"", "classes.txt": b"cat\ndog\n"}
     images = opened(spread(write_folder(tmp_path / "images", contents)))
     assert reds(images) == [("images", 1), ("images", 2)]
     assert images.notes == [

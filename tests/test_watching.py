@@ -27,10 +27,11 @@ def test_a_line_of_the_log_has_all_that_a_run_is_watched_by(world: World) -> Non
     for line in lines:
         assert line.keys() == {
             "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second",
-            "teraflops_per_second", "data_wait", "memory_gb",
+            "teraflops_per_second", "core_share", "data_wait", "memory_gb",
         }  # fmt: skip
         assert len(line["loss_by_noise"]) == LEVELS
         assert 0 <= line["data_wait"] <= 1
+        assert 0 < line["core_share"] <= 1
         assert line["memory_gb"] > 0.05
         assert line["images_per_second"] > 0
 
