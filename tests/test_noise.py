@@ -244,7 +244,7 @@ def test_any_number_of_steps_goes_evenly_from_the_noisiest_timestep_to_no_noise(
 
 
 @pytest.mark.parametrize("steps", [1, 10, 25, 50, 250, 1000])
-@pytest.mark.parametrize("noise", [*DISCRETE[:3], *TO_PURE_NOISE], ids=title)
+@pytest.mark.parametrize("noise", [*DISCRETE[:3], TO_PURE_NOISE[0]], ids=title)
 @pytest.mark.parametrize(("name", "theirs"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
 def test_where_the_steps_divide_those_of_training_samples_are_those_of_diffusers(
     name: str, theirs: Any, noise: NoiseProcess, steps: int
@@ -290,7 +290,7 @@ def line_to_the_outcome(name: str, noise: NoiseProcess, steps: int) -> tuple[flo
     return slope, intercept, variance**0.5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 61, 62, 122, 333, 999])
+@pytest.mark.parametrize("steps", [1, 2, 7, 61, 62, 122, 501])
 @pytest.mark.parametrize("noise", DISCRETE, ids=title)
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_with_an_exact_model_any_number_of_steps_gives_what_can_be_computed(
