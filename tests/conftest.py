@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -34,12 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
+_costs: dict[str, Any] = {}  # of a step of each model that was counted already
+
+
 @pytest.fixture(autouse=True)
-def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take half of a run's time here; tests/test_watching.py looks at them."""
+def _runs_begin_and_end_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves and the FLOPs of a model take most of a run's time here; tests/test_watching.py sees both."""
     train = sys.modules.get("stages.train")  # not imported by tests that do without torch
     if train and request.path.stem != "test_watching":
+        count = train.Cost.of
+
+        def counted_once(model: Any) -> Any:
+            key = repr((sorted(model.config.items()), model.is_gradient_checkpointing))
+            if key not in _costs:
+                _costs[key] = count(model)
+            return _costs[key]
+
         monkeypatch.setattr(train, "draw_curves", lambda run: None)
+        monkeypatch.setattr(train, "Cost", SimpleNamespace(of=counted_once))
 
 
 @pytest.fixture(scope="session")

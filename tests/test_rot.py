@@ -150,7 +150,10 @@ def damages(name: str, payload: bytes) -> dict[str, bytes]:
     if name == ROWS:
         places.add(payload.index(b'"label": ') + len(b'"label": '))
     found = {f"bit of byte {i}": payload[:i] + bytes([payload[i] ^ 1]) + payload[i + 1 :] for i in sorted(places)}
-    return found | {"truncated": payload[: len(payload) // 2], "empty": b""} if payload else {"longer": b"\0"}
+    if not payload:
+        return {"longer": b"\0"}
+    empty = {"empty": b""} if name.endswith((".json", ".jsonl")) else {}
+    return found | {"truncated": payload[: len(payload) // 2]} | empty
 
 
 def silent(place: Place, before: Tree, command: str, images: str, names: list[str] | None = None) -> list[str]:
