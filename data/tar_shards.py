@@ -120,6 +120,7 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
     """
     places: dict[str, _Place] = {}
     links: dict[str, str] = {}
+    written: dict[str, str] = {}  # names as they are in the tar, and where
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = posixpath.normpath(member.name).lstrip("/")
@@ -127,7 +128,10 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
                 if not member.isdir():
                     passed.add("hidden or leading out of the tar", f"{path}/{member.name}")
             elif name in places or name in links:
-                raise ValueError(f"two members are called {name}: it is told by no name which of them a sample has")
+                raise ValueError(
+                    f"two members are called {name}, {written[name]} and {member.name} at byte {member.offset}: give"
+                    " every sample a name of its own, such as cat/000.png, or leave one of them out"
+                )
             elif member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 places[name] = _Place(name, member.offset_data, member.size)
             elif member.islnk():
@@ -136,6 +140,7 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
                 links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
             elif not member.isdir():
                 passed.add("no plain file", f"{path}/{member.name}")
+            written[name] = f"{member.name} at byte {member.offset}"
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         file.seek(tar.offset)  # tarfile takes all but the first damaged header for the end, which is a zero block
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
