@@ -18,7 +18,7 @@ from data.folder import Folder, part_of
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image
 from data.lists import CLASSES, Label, number_classes, read_classes
 from data.parquet_files import ParquetFiles
-from data.source import NO_CLASS, Batch, NoImagesError, content_digest, digest, printable
+from data.source import NO_CLASS, Batch, NoImagesError, Source, content_digest, digest, printable
 from data.tar_shards import TarShards
 
 
@@ -66,8 +66,7 @@ class ImageFiles:
         self.notes: Sequence[str] = [*self._container.notes, *notes]
 
     def fingerprint(self) -> str:
-        names = [self.classes[label] if label != NO_CLASS else "" for label in self.labels]
-        return digest(f"{k}\t{name}\t{stamp}" for k, name, stamp in zip(self.keys, names, self.stamps, strict=True))
+        return listing_fingerprint(self)
 
     def load(self, indices: Sequence[int]) -> Batch:
         batch = Batch(
@@ -84,6 +83,12 @@ class ImageFiles:
 
     def digest(self, index: int) -> str:
         return content_digest(self._container.read(index))
+
+
+def listing_fingerprint(source: Source) -> str:
+    """A digest of the key, the class and the stamp of every image."""
+    names = [source.classes[label] if label != NO_CLASS else "" for label in source.labels]
+    return digest(f"{k}\t{name}\t{stamp}" for k, name, stamp in zip(source.keys, names, source.stamps, strict=True))
 
 
 def open_container(url: str, image_column: str | None = None, label_column: str | None = None) -> Container:

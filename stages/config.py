@@ -45,7 +45,21 @@ class Data(Section):
     seed: Seed = 0  # of solids
     image_column: str | None = None  # the column of images of Parquet files, or the suffix of those of tars, of several
     label_column: str | None = None  # the column of classes of Parquet files and lists, where it is called otherwise
+    heldout: float | str | None = None  # images never trained on: a share such as 0.02, or a path or URL of others
     matte: str = "#ffffff"  # colour behind transparent images: any that Pillow knows, kept as #rrggbb
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _share_or_place(cls, value: Any) -> Any:
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            return os.path.expanduser(value) if isinstance(value, str) else value
+        if not 0 < share < 1:
+            raise ValueError(
+                f"{value}: a share is above 0 and below 1, such as 0.02; a folder of that name is ./{value}"
+            )
+        return share
 
     @field_validator("matte", mode="before")
     @classmethod
@@ -199,6 +213,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 _TEXTS = (
     "name",
+    "heldout",
     "source",
     "path",
     "init",
@@ -286,6 +301,18 @@ def check_outputs(config: Config, run: Path) -> None:
                 f"{name} = {path}: it lies inside data.source = {config.data.source}, where what is written would be"
                 " taken for images: choose a folder elsewhere"
             )
+
+
+def heldout_path(config: Config) -> Path | None:
+    """Where the latents of the held-out images are kept: beside the cache."""
+    return config.cache.path.with_name(config.cache.path.name + "-heldout") if config.data.heldout else None
+
+
+def parts_of(config: Config) -> list[Config]:
+    """`config` once for each of its caches: that of the images of training and, where some are held out, theirs."""
+    heldout = heldout_path(config)
+    others = [config.model_copy(update={"cache": config.cache.model_copy(update={"path": heldout})})] if heldout else []
+    return [config, *others]
 
 
 def dump_config(config: Config) -> str:

@@ -22,7 +22,7 @@ from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, verified
 from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
 from data.rows import Change, Rows, digests_of, listing_of
-from data.source import Batch, NoImagesError, Source, counted, digest, open_source, printable
+from data.source import Batch, NoImagesError, Source, counted, digest, printable
 from data.storage import free_bytes, human_bytes, probe, publish
 from data.writer import (
     CacheWriter,
@@ -35,7 +35,8 @@ from data.writer import (
 )
 from pipeline.unet import check_model
 from pipeline.vae import FrozenVae, to_pixels
-from stages.config import Config
+from stages.config import Config, parts_of
+from stages.datasets import open_config_sources
 from stages.device import pick_device, process_count
 
 _COMPARED = ".compared"  # beside a cache: which copies of its data set were found to hold the same bytes
@@ -43,7 +44,8 @@ ESTIMATE_AFTER = 8  # batches, the first of which warm up
 
 
 def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool = False) -> None:
-    """Write the cache that `config` describes, or what is missing of it: this job's share of the shards.
+    """Write the cache that `config` describes, and that of its held-out images, or what is missing of them: this job's
+    share of the shards.
 
     `extend` adds images that came to the data set, `retry_failed` reads those again that could not be read.
     """
@@ -51,19 +53,38 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         raise ValueError(
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
-    before = Manifest.load(config.cache.path) if (config.cache.path / MANIFEST).exists() else None
+    parts = parts_of(config)
+    finished = [Manifest.load(part.cache.path) if (part.cache.path / MANIFEST).exists() else None for part in parts]
     try:
-        source = open_config_source(config)
+        sources = open_config_sources(config)
     except NoImagesError as error:
-        if not before or extend or retry_failed:
+        if None in finished or extend or retry_failed:
             raise
-        line = _stands_without_images(config, before, error)
+        lines = [_stands_without_images(*pair, error) for pair in zip(parts, finished, strict=True)]  # type: ignore[arg-type]
         if job.number == 0:
-            print(line)
+            print("\n".join(lines))
         return
-    if extend or retry_failed or not before:
-        probe(config.cache.path, "cache.path")  # before models are loaded
+    for part, before in zip(parts, finished, strict=True):
+        if extend or retry_failed or not before:
+            probe(part.cache.path, "cache.path")  # before models are loaded
     vae = FrozenVae(config.vae.source, pick_device())
+    for part, source, before in zip(parts, sources, finished, strict=True):
+        _encode_part(part, source, vae, job, before, extend=extend, retry_failed=retry_failed)
+    if job.number == 0 and None in finished:
+        _say_copies([part.cache.path for part in parts])
+
+
+def _encode_part(
+    config: Config,
+    source: Source,
+    vae: FrozenVae,
+    job: Job,
+    before: Manifest | None,
+    *,
+    extend: bool,
+    retry_failed: bool,
+) -> None:
+    """Write one cache, of the images of `source`, which was `before`, if it was finished."""
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
@@ -86,6 +107,16 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         )
 
 
+def _say_copies(paths: Sequence[Path]) -> None:
+    """Say how many held-out image files are, byte for byte, files of training, too."""
+    if len(paths) == 2 and all((path / MANIFEST).exists() for path in paths):
+        training, heldout = (LatentCache(path).digests() for path in paths)
+        known = {each for each in training if each}
+        if copies := sum(each in known for each in heldout):
+            where = f"such as row {next(row for row, each in enumerate(heldout) if each in known)} of {paths[1]}"
+            print(f"encode: {counted(copies, 'held-out image')} also trained on, byte for byte ({where})")
+
+
 def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
     """A line that says that the finished cache stands; ValueError where it is not what `config` describes."""
     path, vae = config.cache.path, FrozenVae(config.vae.source, pick_device())
@@ -94,20 +125,6 @@ def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesEr
     LatentCache(path)
     made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
     return f"encode: {error}; but the finished cache {path}{made_of} stands without its images"
-
-
-def open_config_source(config: Config) -> Source:
-    """The data set of `config.data`."""
-    settings = config.data
-    return open_source(
-        settings.source,
-        image_size=settings.image_size,
-        count=settings.count,
-        seed=settings.seed,
-        matte=settings.matte,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-    )
 
 
 def plan_rows(

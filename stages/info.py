@@ -17,8 +17,8 @@ from data.storage import human_bytes, publish
 from data.writer import progress
 from pipeline.vae import FrozenVae, to_images
 from stages.config import Config
+from stages.datasets import source_of
 from stages.device import pick_device
-from stages.encode import open_config_source
 from stages.pictures import pairs_sheet, save_png
 
 PAIRS = 24  # images shown beside what the VAE keeps of them
@@ -42,7 +42,7 @@ def info(config: Config, cache: Path | None) -> None:
     _save_histogram(latents, path / "info" / "histogram.png")
     print(f"histograms of latents, one a channel: {path}/info/histogram.png")
     try:
-        source = open_config_source(config)
+        source = source_of(config, path)
     except NoImagesError as error:
         print(f"no pictures: {error}")
         return

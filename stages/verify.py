@@ -11,7 +11,7 @@ from data.manifest import Manifest
 from data.rows import Rows, listing_of
 from data.source import counted
 from data.writer import CacheWriter
-from stages.config import Config
+from stages.config import Config, parts_of
 
 
 def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
@@ -19,7 +19,11 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
 
     With `repair` the shards among them are encoded again, from the images of `config`.
     """
-    path = cache or config.cache.path
+    for path in [cache] if cache else [part.cache.path for part in parts_of(config)]:
+        _verify_one(config, path, repair=repair)
+
+
+def _verify_one(config: Config, path: Path, *, repair: bool) -> None:
     manifest = Manifest.load(path)
     files = (*manifest.shards, *manifest.files)
     wrong = []
@@ -35,7 +39,7 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
         counts = f"{counted(len(files), 'file')}, {counted(manifest.committed, 'image')}"
         print(f"verify: {counts}: all as they were written: {path}")
     elif repair:
-        _repair(config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})}), manifest, wrong)
+        _repair(config, path, manifest, wrong)
     else:
         raise ValueError(
             f"{path}: {len(wrong):,} of {counted(len(files), 'file')}, the first {wrong[0]}, not what was written:"
@@ -43,12 +47,14 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
         )
 
 
-def _repair(config: Config, manifest: Manifest, wrong: list[str]) -> None:
+def _repair(config: Config, path: Path, manifest: Manifest, wrong: list[str]) -> None:
     from pipeline.vae import FrozenVae
+    from stages.datasets import source_of
     from stages.device import pick_device
-    from stages.encode import encode_pending, open_config_source, plan_rows
+    from stages.encode import encode_pending, plan_rows
 
-    source = open_config_source(config)
+    source = source_of(config, path)
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
     vae = FrozenVae(config.vae.source, pick_device())
     if ROWS in wrong and Rows.of(source).file != listing_of(manifest):
         raise ValueError(f"{config.cache.path}: which image each row is cannot be told any more: encode into a new one")
