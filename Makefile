@@ -22,7 +22,7 @@ LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all encode verify info train sample decode vae test lint bench
+.PHONY: help setup all encode verify info train sample decode eval vae test lint bench
 
 help:  ## this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ sample: train  ## draw from the model: PNG files, a contact sheet and a page
 
 decode: sample  ## what sample ends with: images from latents
 	$(BIN)/latentmill decode $(ARGS)
+
+eval: train  ## measure samples against real images, with a receipt
+	$(BIN)/latentmill evaluate $(ARGS) $(FLAGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
 	$(BIN)/latentmill vae $(call quoted,PHOTOS)

@@ -168,6 +168,21 @@ def decode(config: Any, run: Path, cache: Path | None) -> None:
 
 
 @main.command()
+@click.option("--images", type=LocalPath(exists=True), help="Measure these images instead: a folder, archive or .npz.")
+@click.option("--protocol", type=click.Choice(["imagenet-50k", "imagenet100-5k"]), help="Measure as papers do.")
+@click.option("--repeat", "receipt", type=LocalPath(), help="Draw and measure again what this receipt says.")
+@_stage
+def evaluate(config: Any, run: Path, images: Path | None, protocol: str | None, receipt: Path | None) -> None:
+    """Measure samples against real images; the figures, and all that they depend on, go to runs/NAME/eval."""
+    from stages.evaluate import evaluate, repeat
+
+    if receipt:
+        repeat(receipt)
+    else:
+        evaluate(config, run, images=images, protocol=protocol)
+
+
+@main.command()
 @click.argument("photos", type=LocalPath())
 @click.option("--to", type=LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)

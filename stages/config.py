@@ -188,6 +188,16 @@ class Sample(Section):
     batch_size: PositiveInt = 50
 
 
+class Evaluate(Section):
+    """What samples are measured with, and how many (docs/evaluation.md)."""
+
+    # auto: the first of inception and dinov2 whose weights are on this machine, or effnet_lite0, which needs no download
+    network: Literal["auto", "effnet_lite0", "inception", "dinov2"] = "auto"
+    weights: LocalPath | None = None  # a file with the network's weights; else they are downloaded once
+    images: PositiveInt = 5_000  # samples, as many of each class
+    reference: Literal["training", "heldout"] = "training"  # real images that they are compared with
+
+
 class Config(Section):
     """One experiment."""
 
@@ -199,9 +209,12 @@ class Config(Section):
     noise: Noise = Noise()
     train: Train = Train()
     sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
+        if self.evaluate.reference == "heldout" and self.data.heldout is None:
+            raise ValueError("evaluate.reference = heldout: no images are held out: give data.heldout")
         check_weighting(self.train.weighting, self.noise.zero_terminal_snr)
         check_sampler(self.sample.scheduler, self.sample.steps, self.noise.schedule)
         return self
@@ -214,6 +227,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 _TEXTS = (
     "name",
     "heldout",
+    "weights",
     "source",
     "path",
     "init",

@@ -1,12 +1,20 @@
-"""The images that a config names: those of training, and those that are held out."""
+"""The images that a config names, those of training and those that are held out, and those of latents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from data.cache import LatentCache
 from data.heldout import open_heldout
-from data.source import Source, open_source
+from data.source import Batch, Source, digest, open_source
+from pipeline.vae import FrozenVae, to_images
 from stages.config import Config, heldout_path
+
+_DECODED = 16  # latents that are decoded at a time
 
 
 def open_config_sources(config: Config) -> list[Source]:
@@ -25,3 +33,30 @@ def open_config_sources(config: Config) -> list[Source]:
 def source_of(config: Config, cache: Path) -> Source:
     """The images of training, or the held-out ones where `cache` is that of these."""
     return open_config_sources(config)[int(cache == heldout_path(config))]
+
+
+class DecodedLatents:
+    """The images of a latent cache, decoded from the first view's means as they are asked for (see
+    `pipeline.evaluation.features.Images`)."""
+
+    def __init__(self, cache: LatentCache, vae: FrozenVae) -> None:
+        """ValueError when `vae` is not the one whose latents these are."""
+        vae.check(cache.manifest.vae, cache.path)
+        self.cache, self.vae = cache, vae
+        self.keys: Sequence[str] = cache.keys()
+        self.labels = cache.labels
+
+    def fingerprint(self) -> str:
+        return digest([self.cache.manifest.sha256(), "decoded"])
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Batches of one size are decoded, the last one filled up, so that no bit depends on which are asked for."""
+        chosen = np.asarray(indices, np.int64)
+        images = []
+        for start in range(0, len(chosen), _DECODED):
+            rows = chosen[start : start + _DECODED]
+            filled = np.concatenate([rows, np.repeat(rows[:1], _DECODED - len(rows))])
+            latents = self.cache.read_verified(filled)[:, 0, : self.cache.manifest.latent_channels]
+            pixels = self.vae.decode(torch.from_numpy(latents.astype(np.float32)))
+            images.append(to_images(pixels)[: len(rows)].cpu().numpy())
+        return Batch(chosen, np.concatenate(images))

@@ -31,12 +31,13 @@ from stages.device import pick_device
 SAMPLES = "samples.json"
 
 
-def sample(config: Config, run: Path) -> Path:
-    """Draw `sample.per_class` images of every class asked for; the folder with their latents."""
+def sample(config: Config, run: Path, *, to: Path | None = None) -> Path:
+    """Draw `sample.per_class` images of every class asked for; the folder with their latents, which is `to`, or one of
+    the run."""
     checkpoint = require_checkpoint(run)
     config, chosen = settle(config, checkpoint)
     labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
-    folder = sample_folder(config, run, checkpoint)
+    folder = to or sample_folder(config, run, checkpoint)
     names = checkpoint.state["classes"]
     keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
     rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))

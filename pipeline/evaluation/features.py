@@ -1,0 +1,192 @@
+"""Features of a set of images on the disk: computed once, part by part, and read in blocks, however many there are.
+
+Rows are in the order of a digest of each image's pixels. So all figures are functions of the images alone, and not of
+how they were stored or listed, and the first n rows are a fixed random subset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data.storage import checked, publish, publish_checked, remove, sha256_file, staged_folder
+from pipeline.evaluation.networks import FeatureNetwork
+
+_READ = 64  # images that are read at a time
+PART = 1024  # images whose features are kept together while the others are computed
+_META = "meta.json"
+
+
+class Images(Protocol):
+    """A set of images, read by index: a data set, or decoded latents."""
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def fingerprint(self) -> str:
+        """A digest of all that the pixels depend on."""
+        ...
+
+    def load(self, indices: Sequence[int]) -> Any:
+        """The `data.source.Batch` of `indices`: pixels uint8 `n S S 3`, and what could not be read."""
+        ...
+
+
+class FeatureSet:
+    """The features of a set of images, which is read in blocks; row r is the image `indices[r]` of that set."""
+
+    def __init__(self, folder: Path) -> None:
+        """ValueError where a file in `folder` is not what was written."""
+        self.folder = folder
+        text = checked((folder / _META).read_bytes())
+        if text is None or sha256_file(folder / "features.npy") != json.loads(text)["sha256"]:
+            raise ValueError(f"{folder}: damaged: delete it, and the features are computed again")
+        self.failures: dict[str, str] = json.loads(text)["failures"]  # key -> reason
+        self.labels: NDArray[np.int64] = np.load(folder / "labels.npy")
+        self.indices: NDArray[np.int64] = np.load(folder / "indices.npy")
+        self.digests: NDArray[np.uint8] = np.load(folder / "digests.npy")  # N 16
+        self.dimension = int(np.load(folder / "features.npy", mmap_mode="r").shape[1])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows from `start` to `stop`: `n D`. The file is mapped for this call alone, so no memory is kept."""
+        return np.array(np.load(self.folder / "features.npy", mmap_mode="r")[start:stop])
+
+    def copies(self) -> int:
+        """How many images have the very pixels of another one before them."""
+        return len(self.digests) - len(np.unique(self.digests, axis=0))
+
+
+def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, workers: int, what: str) -> FeatureSet:
+    """The features of `images` by `network`, which are kept in a folder of that name with a digest of both.
+
+    What an earlier call has computed is not computed again. On a CPU, `workers` processes of one thread each read
+    images and run the network, so that no bit depends on their number; else they read ahead of it, and 0 reads here.
+    """
+    identity = [network.name, network.sha256, network.resize, images.fingerprint()]
+    folder = folder / f"{what}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+    if (folder / _META).exists():
+        return FeatureSet(folder)
+    parts = folder.with_name(folder.name + ".parts")
+    starts = range(0, len(images.keys), PART)
+    files = [parts / f"{start // PART:06d}.safetensors" for start in starts]
+    pending = [start for start, file in zip(starts, files, strict=True) if not file.exists()]
+    total = len(images.keys)
+    missing = sum(min(PART, total - start) for start in pending)
+    with tqdm(total=total, initial=total - missing, unit=" images", desc=what, mininterval=1) as bar:
+        for start, columns, failures in _compute(images, network, pending, workers, bar):
+            payload = safetensors.numpy.save(columns, metadata={"failures": json.dumps(failures)})
+            publish(files[start // PART], payload)
+    _assemble(folder, files, images, network)
+    remove(parts)
+    return FeatureSet(folder)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Item i is the i-th batch of images: read, and on a CPU sent through the network, by a worker process."""
+
+    images: Images
+    network: FeatureNetwork
+    batches: Sequence[range]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        batch = self.images.load(self.batches[number])
+        good = np.array([i not in batch.failures for i in self.batches[number]], bool)
+        pixels = batch.pixels[good]
+        digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels)
+        return {
+            "features": self.network.features(torch.from_numpy(pixels)).numpy() if _on_cpu(self.network) else pixels,
+            "indices": np.asarray(batch.indices)[good],
+            "digests": np.frombuffer(digests, np.uint8).reshape(-1, 16),
+            "failures": {self.images.keys[i]: reason for i, reason in batch.failures.items()},
+        }
+
+
+def _on_cpu(network: FeatureNetwork) -> bool:
+    return network.device.type == "cpu"
+
+
+def _compute(
+    images: Images, network: FeatureNetwork, pending: Sequence[int], workers: int, bar: tqdm
+) -> Iterator[tuple[int, dict[str, NDArray], dict[str, str]]]:
+    """First index, columns and failures of every part that is missing."""
+    parts = [range(start, min(start + PART, len(images.keys))) for start in pending]
+    batches = [part[at : at + _READ] for part in parts for at in range(0, len(part), _READ)]
+    dataset: Any = _Batches(images, network, batches)
+    processes = max(workers, 1) if _on_cpu(network) else workers  # of one thread each: a CPU's bits depend on threads
+    loader = iter(DataLoader(dataset, batch_size=None, num_workers=processes))
+    for part in parts:
+        read = []
+        for _ in range(0, len(part), _READ):
+            read.append(next(loader))
+            bar.update(len(read[-1]["indices"]) + len(read[-1]["failures"]))
+        columns = {name: np.concatenate([each[name] for each in read]) for name in ("features", "indices", "digests")}
+        if not _on_cpu(network):
+            columns["features"] = network.features(torch.from_numpy(columns["features"])).cpu().numpy()
+        failures = {key: reason for each in read for key, reason in each["failures"].items()}
+        bad = np.flatnonzero(~np.isfinite(columns["features"]).all(axis=1))
+        if len(bad):
+            key = images.keys[columns["indices"][bad[0]]]
+            raise ValueError(f"{key}: its features by {network.name} are NaN or infinite: the weights may be damaged")
+        yield part.start, columns, failures
+
+
+def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: FeatureNetwork) -> None:
+    """Publish the rows of all parts in the order of their digests, and of their indices where these are equal."""
+    small = [_read_part(part, ("indices", "digests")) for part in parts]
+    indices, digests = (np.concatenate([each[name] for each in small]) for name in ("indices", "digests"))
+    if len(indices) < 2:
+        raise ValueError(
+            f"{folder.name}: {len(indices)} of {len(images.keys)} images could be read: two are needed at least"
+        )
+    order = np.lexsort((indices, *digests.T[::-1]))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    with staged_folder(folder) as staged:
+        shape, done = (len(order), network.dimension), 0
+        for part in parts:  # one at a time, so that memory does not grow with their number
+            features = _read_part(part, ("features",))["features"]
+            mode: Any = "r+" if done else "w+"
+            mapped = np.lib.format.open_memmap(staged / "features.npy", mode=mode, dtype=np.float32, shape=shape)
+            mapped[place[done : done + len(features)]] = features
+            mapped.flush()
+            done += len(features)
+            del mapped
+        np.save(staged / "labels.npy", images.labels[indices[order]])
+        np.save(staged / "indices.npy", indices[order])
+        np.save(staged / "digests.npy", digests[order])
+        failures = {key: reason for part in parts for key, reason in _failures(part).items()}
+        meta = {"failures": failures, "sha256": sha256_file(staged / "features.npy")}
+        publish_checked(staged / _META, meta)
+
+
+def _read_part(part: Path, names: Sequence[str]) -> dict[str, NDArray]:
+    with safe_open(part, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _failures(part: Path) -> dict[str, str]:
+    with safe_open(part, framework="numpy") as file:
+        failures: dict[str, str] = json.loads((file.metadata() or {})["failures"])
+        return failures
