@@ -45,6 +45,7 @@ class Data(Section):
     seed: Seed = 0  # of solids
     image_column: str | None = None  # the column of images of Parquet files, or the suffix of those of tars, of several
     label_column: str | None = None  # the column of classes of Parquet files and lists, where it is called otherwise
+    heldout: str | None = None
     matte: str = "#ffffff"  # colour behind transparent images: any that Pillow knows, kept as #rrggbb
 
     @field_validator("matte", mode="before")
@@ -286,6 +287,11 @@ def check_outputs(config: Config, run: Path) -> None:
                 f"{name} = {path}: it lies inside data.source = {config.data.source}, where what is written would be"
                 " taken for images: choose a folder elsewhere"
             )
+
+
+def heldout_path(config: Config) -> Path | None:
+    """Where the latents of the held-out images are kept: beside the cache."""
+    return config.cache.path.with_name(config.cache.path.name + "-heldout") if config.data.heldout is not None else None
 
 
 def dump_config(config: Config) -> str:
