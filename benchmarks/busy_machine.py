@@ -108,8 +108,8 @@ def _encode(checkout: Path, work: Path, images: int, overrides: tuple[str, ...])
 def _train(checkout: Path, work: Path, overrides: tuple[str, ...], *, processes: int) -> float:
     subprocess.run(["rm", "-r", "-f", str(work / "run")], check=True)
     _stage(checkout, "train", work, overrides, processes)
-    lines = (work / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median(json.loads(line)["images_per_second"] for line in lines[1:])
+    lines = map(json.loads, (work / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return statistics.median([line["images_per_second"] for line in lines if "images_per_second" in line][1:])
 
 
 def _stage(checkout: Path, stage: str, work: Path, overrides: tuple[str, ...], processes: int = 1) -> None:

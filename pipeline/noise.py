@@ -8,6 +8,7 @@ The model is told the timestep on a scale of 0..1000 in both cases.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from pipeline.pairs import STEPS, check_noise
+
+LEVELS = 10  # parts of the timesteps in which losses are logged
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,22 @@ class NoiseProcess:
             share = torch.rand(count, generator=generator, device=generator.device)
         else:
             share = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+        return self.times_at(share)
+
+    def times_at(self, share: Tensor) -> Tensor:
+        """The timesteps at shares 0..1 of their range, of any shape."""
         return share * STEPS if self.schedule == "flow" else (share * STEPS).floor().clamp(max=STEPS - 1)
+
+    def time_density(self, times: Tensor) -> Tensor:
+        """How often `draw_times` comes to timesteps `B`, relative to uniform draws: the mean over all timesteps is 1.
+
+        logit_normal: exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)), 0 < t < 1 (Esser et al. 2024, section 3.1).
+        """
+        if self.timesteps == "uniform":
+            return torch.ones_like(times)
+        middle = times if self.schedule == "flow" else times + 0.5  # a whole number n is drawn for n..n+1
+        t = (middle / STEPS).clamp(1e-6, 1 - 1e-6)
+        return (t.logit().square() / -2).exp() / (math.sqrt(2 * math.pi) * t * (1 - t))
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, each `B 1 1 1` float32."""
@@ -93,6 +111,11 @@ class NoiseProcess:
             "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[self.prediction],
             "rescale_betas_zero_snr": self.zero_terminal_snr,
         }
+
+
+def noise_level(times: Tensor) -> Tensor:
+    """Which of `LEVELS` equal parts of the timesteps each of `times` lies in, int64: 0 is the least noisy."""
+    return (times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1)
 
 
 @functools.cache

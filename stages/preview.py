@@ -6,20 +6,39 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from data.manifest import Manifest
+from pipeline.checkpoint import full
+from pipeline.ema import Average
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
-from stages.config import Sample
+from stages.config import Config, Sample
 from stages.pictures import contact_sheet, save_png, strip
+from stages.start import build_model
 
 PER_CLASS = 4
 PREVIEWED = 10  # classes of a preview: the first ones with images
 STRIP = "previews.png"
 _STRIP_ROWS = 12
+
+
+def averaged_model(average: Average, config: Config, manifest: Manifest, accelerator: Accelerator) -> LatentUNet | None:
+    """The model with the weights of `average`, in the main process; in others None, but all of them must ask."""
+    weights = {}
+    for name, value in average.tensors.items():
+        whole = full(value)
+        if accelerator.is_main_process:
+            weights[name] = whole.cpu()
+    if not accelerator.is_main_process:
+        return None
+    model = build_model(config, manifest).to(accelerator.device, memory_format=torch.channels_last)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -13,13 +13,15 @@ from accelerate import Accelerator
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
-from data.manifest import Manifest
+from data.manifest import MANIFEST, Manifest
 from pipeline.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
 from pipeline.cost import fitting_rows
+from pipeline.heldout import DRAWS, HeldOut, drawn_images
+from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization, coordinate_seed
 from pipeline.optimize import lr_at, lr_course
 from pipeline.unet import LatentUNet
-from stages.config import Config, Train
+from stages.config import Config, Train, heldout_path
 from stages.launch import computer
 
 _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
@@ -266,6 +268,35 @@ def open_loader(
         raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")
     accelerator.print(f"train: {len(cache):,} images in {len(cache.manifest.classes)} classes, {loader.describe()}")
     return loader
+
+
+def open_heldout(config: Config, manifest: Manifest, noise: NoiseProcess) -> HeldOut | None:
+    """The held-out images of `config`, if it names some; `manifest` is that of the cache that is trained on.
+
+    ValueError where they are not encoded, or not as those of training.
+    """
+    path = heldout_path(config)
+    if path is None:
+        return None
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"data.heldout = {config.data.heldout}: no finished cache of these images at {path}: run encode first"
+        )
+    cache = LatentCache(path)
+    for name, ours, other in (
+        ("vae", manifest.vae.weights_sha256, cache.manifest.vae.weights_sha256),
+        ("shape", manifest.shape, cache.manifest.shape),
+        ("classes", manifest.classes, cache.manifest.classes),
+    ):
+        if ours != other:
+            raise ValueError(
+                f"{path / MANIFEST}: its {name} is {_BRIEF.repr(other)}, that of {config.cache.path} is"
+                f" {_BRIEF.repr(ours)}: delete {path} and run encode again"
+            )
+    images = drawn_images(len(cache))
+    moments, labels = (torch.from_numpy(each) for each in (cache.read_verified(images), cache.labels[images]))
+    print(f"train: held-out loss at {DRAWS:,} fixed draws of {len(cache):,} images, {cache.manifest.data_source}")
+    return HeldOut(moments, labels, noise=noise, channels=manifest.latent_channels, cache=cache.manifest.sha256())
 
 
 def as_json(normalization: Normalization) -> dict[str, list[float]]:

@@ -31,11 +31,11 @@ class Tracker:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen + 1)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Send one line of log.jsonl; a list becomes one value for each of its places."""
+        """Send the numbers of one line of log.jsonl; a list becomes one value for each of its places."""
         flat: dict[str, float] = {}
         for key, entry in values.items():
             places = {f"{key}/{i}": each for i, each in enumerate(entry)} if isinstance(entry, list) else {key: entry}
-            flat |= {name: value for name, value in places.items() if value is not None}
+            flat |= {name: value for name, value in places.items() if isinstance(value, int | float)}
         if self._wandb:
             self._wandb.log(flat, step=values["images_seen"])
         if self._board:

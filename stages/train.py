@@ -40,7 +40,7 @@ from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config
 from stages.launch import Preemption, computer, connect, describe, in_background
-from stages.preview import PREVIEWED, draw_preview, draw_strip
+from stages.preview import PREVIEWED, averaged_model, draw_preview, draw_strip
 from stages.run_folder import begin_run_folder, check_run_folder
 from stages.start import (
     as_json,
@@ -52,12 +52,13 @@ from stages.start import (
     ema_widths,
     find_checkpoint,
     normalization_of,
+    open_heldout,
     open_loader,
     settings_of,
     with_batch_size,
 )
 from stages.tracker import Tracker
-from stages.watch import Window, begin_log, draw_curves, log_line
+from stages.watch import Window, begin_log, draw_curves, log_heldout, log_line
 
 _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
@@ -110,12 +111,13 @@ class Trainer:
         )
         if line:
             accelerator.print(f"train: previews: {line}")
-        if self.main:  # which alone draws previews
+        self.noise = NoiseProcess(**config.noise.model_dump())
+        if self.main:  # which alone draws previews and measures held-out images
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
+            self.heldout = open_heldout(config, self.manifest, self.noise)
         self.normalization = normalization_of(config, self.manifest, checkpoint)
         self.loader = open_loader(config, cache, accelerator, checkpoint)
-        self.noise = NoiseProcess(**config.noise.model_dump())
         model = build_model(config, self.manifest)
         self.window = Window(accelerator, Cost.of(model).flops)
         accelerator.print(
@@ -160,7 +162,7 @@ class Trainer:
                 drawing, saving = (self._due(before, n) for n in (settings.preview_every, settings.checkpoint_every))
                 with self.window.paused() if drawing or saving else contextlib.nullcontext():
                     if drawing:
-                        self._preview()
+                        self._preview(tracker)
                     if saving:  # last: once it is there, a rerun does not come back to this step
                         self._save(scheduled=True)
                 if (number := preemption.agreed()) and self.images_seen < settings.images:
@@ -386,17 +388,17 @@ class Trainer:
             self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
         raise SystemExit(128 + number)
 
-    def _preview(self) -> None:
-        """A contact sheet of samples from the averaged weights, and the pictures of the whole run so far."""
-        average = {}
-        for name, value in self.averages[EMA[0]].tensors.items():
-            whole = full(value)
-            if self.main:
-                average[name] = whole.cpu()
-        if not self.main:
+    def _preview(self, tracker: Tracker) -> None:
+        """What the averaged weights do: held-out loss, a sheet of samples; and pictures of the whole run so far."""
+        self._check_finite()
+        model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
+        if not model:
             return
-        model = build_model(self.config, self.manifest).to(self.device, memory_format=torch.channels_last).eval()
-        model.load_state_dict(average)
+        if self.heldout:
+            measured = self.heldout.measure(model, self.normalization)
+            values = {"step": self.step, "images_seen": self.images_seen, **measured}
+            log_heldout(self.run, values, self.config.train.images)
+            tracker.log(values)
         shown = np.flatnonzero(self.class_counts)[:PREVIEWED].tolist()  # of others nothing is learnt
         draw_preview(
             self.run / "previews" / f"{self.images_seen:09d}.png",

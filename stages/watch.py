@@ -19,16 +19,19 @@ from torch import Tensor
 
 from data.storage import append_line, publish, read, set_aside
 from pipeline.cost import peak_flops
+from pipeline.noise import LEVELS, noise_level
 from pipeline.pairs import STEPS
 from stages.pictures import draw_texts, save_png
 
-LEVELS = 10  # parts of the timesteps in which the loss is logged
 LOG, CURVES = "log.jsonl", "curves.png"
 _SHARED = 0.8  # of the cores that a run has threads for: with less, it competes with other work
-_KEYS = {  # of every line
-    "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second", "teraflops_per_second",
-    "data_wait", "memory_gb",
-}  # fmt: skip
+_KEYS = (  # of a line of steps, and of one of held-out images
+    {
+        "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second",
+        "teraflops_per_second", "data_wait", "memory_gb",
+    },
+    {"step", "images_seen", "heldout_loss", "heldout_loss_by_noise", "heldout_cache"},
+)  # fmt: skip
 
 
 class Window:
@@ -45,7 +48,7 @@ class Window:
 
     def add(self, loss: Tensor, norm: Tensor, errors: Tensor, times: Tensor) -> None:
         """The loss and gradient norm of a step, and the errors `B` of its images at their timesteps `B`."""
-        level = (times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1)
+        level = noise_level(times)
         levels = (level[:, None] == torch.arange(LEVELS, device=times.device)).float()  # F.one_hot would wait
         self._sums += torch.cat([torch.stack([loss, norm]), errors @ levels, levels.sum(dim=0)])
         self._steps += 1
@@ -143,19 +146,19 @@ def begin_log(run: Path, images_seen: int, logged: int) -> None:
         print(
             f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
         )
-    kept = {i: v["images_seen"] for i, v in enumerate(parsed) if v and v["images_seen"] <= images_seen}
-    if logged not in (0, *kept.values()):
+    kept = {i: v for i, v in enumerate(parsed) if v and v["images_seen"] <= images_seen}
+    if logged not in (0, *(v["images_seen"] for v in kept.values() if "loss" in v)):
         print(f"train: {log} lacks lines: that at {logged:,} images, and perhaps others before it", flush=True)
     publish(log, b"".join(lines[i] + b"\n" for i in kept))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of the log; None where it is not what `log_line` writes."""
+    """A line of the log; None where it is not what `log_line` and `log_heldout` write."""
     try:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and values.keys() >= _KEYS else None
+    return values if isinstance(values, dict) and any(values.keys() >= keys for keys in _KEYS) else None
 
 
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:
@@ -165,7 +168,7 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
     shared = core_share < _SHARED and values["data_wait"] < 1 - _SHARED
     left = max(images - seen, 0) / max(values["images_per_second"], 0.1)  # as slow as the log can say
     print(
-        f"train: {seen:>{len(f'{images:,}')},} of {images:,} images   loss {values['loss']:.4f}"
+        f"{_place(seen, images)}   loss {values['loss']:.4f}"
         f"   gradient {values['gradient_norm']:.3f}   lr {values['lr']:.1e}"
         f"   {values['images_per_second']:,.1f} images/s"
         + (f", {values['flop_share']:.0%} of the GPU's peak" if "flop_share" in values else "")
@@ -176,26 +179,29 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
     )
 
 
+def log_heldout(run: Path, values: dict[str, Any], images: int) -> None:
+    """Add the loss on held-out images to the log, and say it in one line."""
+    append_line(run / LOG, json.dumps(values))
+    print(f"{_place(values['images_seen'], images)}   held-out loss {values['heldout_loss']:.4f}", flush=True)
+
+
+def _place(seen: int, images: int) -> str:
+    return f"train: {seen:>{len(f'{images:,}')},} of {images:,} images"
+
+
 def draw_curves(run: Path) -> None:
     """Publish curves.png: the loss, the loss at each noise level, the gradient's norm, the learning rate, the speed."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    logged = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    lines, heldout = ([line for line in logged if kind in line] for kind in ("loss", "heldout_loss"))
     if not lines:
         return
     seen = [line["images_seen"] for line in lines]
     figure = Figure(figsize=(12, 7))
     margins = {"left": 0.05, "right": 0.91, "bottom": 0.07, "top": 0.91, "wspace": 0.14, "hspace": 0.3}
     axes = figure.subplots(2, 2, gridspec_kw=margins)  # a layout found by matplotlib takes as long as the drawing
-    by_noise = axes[0][1]
-    for level in range(LEVELS):
-        values = [line["loss_by_noise"][level] for line in lines]  # None where no image fell into it: a gap
-        label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
-        color = colormaps["viridis"](level / LEVELS)
-        by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
-    by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[0][0].plot(seen, [line["loss"] for line in lines], lw=1)
+    _draw_losses(axes[0][0], axes[0][1], lines, heldout)
     axes[1][0].plot(seen, [line["gradient_norm"] for line in lines], lw=1)
     axes[1][1].plot(seen, [line["images_per_second"] for line in lines], lw=1)
     rate = axes[1][1].twinx()
@@ -208,7 +214,7 @@ def draw_curves(run: Path) -> None:
         axis.set_xlabel("images seen", fontsize=8)
         axis.grid(alpha=0.3)
     positive = min(line["loss"] for line in lines) > 0  # the learned weighting's loss falls below zero
-    for axis in (axes[0][0], by_noise, axes[1][0])[not positive :]:
+    for axis in (*axes[0], axes[1][0])[not positive :]:
         axis.set_yscale("log")
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter("{x:.3g}")
@@ -219,6 +225,31 @@ def draw_curves(run: Path) -> None:
     (name,) = draw_texts([run.resolve().name], size=16, width=image.width - 40)  # to matplotlib, $ is mathematics
     image.paste(name, ((image.width - name.width) // 2, 6))
     save_png(image, run / CURVES)
+
+
+def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
+    """On two axes: the loss, and that of each noise level; of training drawn through, of held-out images dashed."""
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+
+    seen, measured = ([line["images_seen"] for line in each] for each in (lines, heldout))
+    loss.plot(seen, [line["loss"] for line in lines], lw=1, label="training")
+    for level in range(LEVELS):
+        values = [line["loss_by_noise"][level] for line in lines]  # None where no image fell into it: a gap
+        label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
+        color = colormaps["viridis"](level / LEVELS)
+        by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
+        values = [line["heldout_loss_by_noise"][level] for line in heldout]
+        by_noise.plot(measured, values, color=color, lw=1.2, ls="--", marker=".")
+    levels = by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if not heldout:
+        return
+    label = "held-out images, averaged weights"
+    loss.plot(measured, [line["heldout_loss"] for line in heldout], lw=1.2, ls="--", marker=".", label=label)
+    loss.legend(fontsize=8)
+    by_noise.add_artist(levels)  # a second legend would replace it
+    styles = [Line2D([], [], color="grey", ls=style, label=text) for style, text in (("-", "training"), ("--", label))]
+    by_noise.legend(handles=styles, fontsize=8)
 
 
 def _duration(seconds: float) -> str:

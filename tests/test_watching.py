@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from pipeline.noise import LEVELS
 from stages.config import load_config
 from stages.tracker import Tracker
-from stages.watch import LEVELS, Window, draw_curves
+from stages.watch import Window, draw_curves
 from tests.small_world import CLASSES, IMAGE_SIZE, World, log_of, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
