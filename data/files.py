@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 from fsspec import AbstractFileSystem
 from fsspec.core import OpenFile
+from numpy.typing import NDArray
 
 from data.folder import Folder, part_of
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image
@@ -75,7 +76,7 @@ class ImageFiles:
         for row, index in enumerate(indices):
             try:
                 payload = self._container.read(int(index))
-                batch.pixels[row] = decode_image(payload, self.image_size, self.matte)
+                batch.pixels[row] = self._pixels(payload)
                 batch.digests[int(index)] = content_digest(payload)
             except DECODER_ERRORS as error:
                 batch.failures[int(index)] = f"{type(error).__name__}: {error}"
@@ -83,6 +84,9 @@ class ImageFiles:
 
     def digest(self, index: int) -> str:
         return content_digest(self._container.read(index))
+
+    def _pixels(self, payload: bytes) -> NDArray[np.uint8]:
+        return decode_image(payload, self.image_size, self.matte)
 
 
 def listing_fingerprint(source: Source) -> str:

@@ -71,13 +71,18 @@ def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.
     colour `matte`, the first frame of an animation is taken; then the shorter side is resized to `size` (bicubic, with
     anti-aliasing) and the centre is cut out. Raises one of `DECODER_ERRORS` with the reason.
     """
-    with _open(payload) as file:
-        if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width}x{file.height} pixels, over the limit of {MAX_PIXELS}")
-        image = _upright(_to_rgb(file, matte), file.getexif().get(ExifTags.Base.Orientation))
+    image = decode_rgb(payload, matte)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
+
+
+def decode_rgb(payload: bytes, matte: str = "white") -> Image.Image:
+    """One image file's bytes as an RGB image of its own size: `decode_image` before it resizes and crops."""
+    with _open(payload) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width}x{file.height} pixels, over the limit of {MAX_PIXELS}")
+        return _upright(_to_rgb(file, matte), file.getexif().get(ExifTags.Base.Orientation))
 
 
 def _open(payload: bytes) -> Image.Image:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data.cache import FAILURES, SHARD_ROWS
+from data.generated import SAMPLES
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
 from data.source import digest
@@ -27,8 +28,6 @@ from pipeline.pairs import usable_guidance
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from stages.config import Config, Sample
 from stages.device import pick_device
-
-SAMPLES = "samples.json"
 
 
 def sample(config: Config, run: Path, *, to: Path | None = None) -> Path:
