@@ -168,18 +168,18 @@ def decode(config: Any, run: Path, cache: Path | None) -> None:
 
 
 @main.command()
-@click.option("--images", type=LocalPath(exists=True), help="Measure these images instead: a folder, archive or .npz.")
+@click.option("--images", help="Measure these images instead: a folder, an archive or an .npz.")
 @click.option("--protocol", type=click.Choice(["imagenet-50k", "imagenet100-5k"]), help="Measure as papers do.")
 @click.option("--repeat", "receipt", type=LocalPath(), help="Draw and measure again what this receipt says.")
 @_stage
-def evaluate(config: Any, run: Path, images: Path | None, protocol: str | None, receipt: Path | None) -> None:
+def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, receipt: Path | None) -> None:
     """Measure samples against real images; the figures, and all that they depend on, go to runs/NAME/eval."""
     from stages.evaluate import evaluate, repeat
 
     if receipt:
         repeat(receipt)
     else:
-        evaluate(config, run, images=images, protocol=protocol)
+        evaluate(config, run, images=images and os.path.expanduser(images), protocol=protocol)
 
 
 @main.command()

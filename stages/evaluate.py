@@ -37,10 +37,11 @@ PROTOCOLS = {  # what papers call by these names: docs/evaluation.md
     "imagenet100-5k": {"images": 5_000, "reference": "heldout"},
 }
 _COMPARED = ("samples", "weights", "network", "reference", "versions", "machine", "figures")  # by --repeat
+_BATCH = 64  # images written to an .npz at a time
 _PACKAGES = ("torch", "diffusers", "numpy", "pillow")
 
 
-def evaluate(config: Config, run: Path, *, images: Path | None = None, protocol: str | None = None) -> Path:
+def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: str | None = None) -> Path:
     """Measure the samples that `config` describes, which are drawn where they are missing, or the `images` of anybody;
     the receipt, a JSON file, beside which there is a page.
 
@@ -57,9 +58,17 @@ def evaluate(config: Config, run: Path, *, images: Path | None = None, protocol:
     save_page(file, receipt, evaluation.rows, evaluation.training)
     print(f"evaluate: the receipt is {file}, a page with pictures {file.with_suffix('.html')}")
     if protocol == "imagenet-50k":
-        write_npz(file.with_suffix(".npz"), evaluation.rows[0].images, size=config.data.image_size)
+        _save_npz(file.with_suffix(".npz"), evaluation.rows[0].images, size=config.data.image_size)
         print(f"evaluate: the samples for ADM's evaluator are {file.with_suffix('.npz')}")
     return file
+
+
+def _save_npz(file: Path, images: Images, *, size: int) -> None:
+    """Publish all images as ADM's evaluator takes them."""
+    count = len(images.keys)
+    starts = tqdm(range(0, count, _BATCH), desc="npz", unit=" batches")
+    batches = (images.load(range(start, min(start + _BATCH, count))).pixels for start in starts)
+    write_npz(file, batches, images.labels, size)
 
 
 def repeat(file: Path) -> None:
@@ -74,7 +83,7 @@ def repeat(file: Path) -> None:
     path, work = before["samples"].get("path"), file.with_name(f".repeat-{file.stem}")
     try:
         config = Config.model_validate(before["config"])
-        receipt = Evaluation(config, Path(before["run"]), Path(path) if path else None, work=work).receipt()
+        receipt = Evaluation(config, Path(before["run"]), path, work=work).receipt()
     finally:
         remove(work)
     now = json.loads(json.dumps(receipt))
@@ -102,7 +111,7 @@ class Evaluation:
     training: Row
     rows: list[Row]
 
-    def __init__(self, config: Config, run: Path, path: Path | None, *, work: Path | None = None) -> None:
+    def __init__(self, config: Config, run: Path, path: str | None, *, work: Path | None = None) -> None:
         """Of the samples of `run`, or of the images at `path`; with `work`, all is computed anew in that folder."""
         self.config, self.run, self.path, self.work = config, run, path, work
         self.network = open_network(config.evaluate.network, config.evaluate.weights, pick_device())
@@ -142,11 +151,14 @@ class Evaluation:
         }
         return DecodedLatents(cache, self.vae), record
 
-    def _images_of_anybody(self, path: Path) -> tuple[Images, dict[str, Any]]:
-        images = open_generated(str(path), image_size=self.config.data.image_size, classes=self.sources[0].classes)
+    def _images_of_anybody(self, path: str) -> tuple[Images, dict[str, Any]]:
+        data = self.config.data
+        images = open_generated(path, image_size=data.image_size, classes=self.sources[0].classes, matte=data.matte)
+        for note in images.notes:
+            print(f"evaluate: {note}")
         fingerprint = images.fingerprint()
-        tag = f"{path.resolve().stem}-{fingerprint[:8]}-{self.network.name}"
-        return images, {"tag": tag, "samples": {"path": str(path), "fingerprint": fingerprint}}
+        tag = f"{Path(path).stem}-{fingerprint[:8]}-{self.network.name}"
+        return images, {"tag": tag, "samples": {"path": path, "fingerprint": fingerprint}}
 
     def _compute_features(self, samples: Images) -> None:
         """The rows: samples first, then real images and reconstructions of those that are held out."""
