@@ -32,13 +32,13 @@ class Subset:
         return listing_fingerprint(self)
 
     def load(self, indices: Sequence[int]) -> Batch:
-        places = {int(self.chosen[i]): int(i) for i in indices}
-        batch = self.whole.load(list(places))
+        batch = self.whole.load(self.chosen[list(indices)].tolist())
+        place = dict(zip(self.chosen[list(indices)].tolist(), indices, strict=True))
         return Batch(
             np.asarray(indices, np.int64),
             batch.pixels,
-            {places[index]: reason for index, reason in batch.failures.items()},
-            {places[index]: each for index, each in batch.digests.items()},
+            {place[index]: reason for index, reason in batch.failures.items()},
+            {place[index]: each for index, each in batch.digests.items()},
         )
 
     def digest(self, index: int) -> str:

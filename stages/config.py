@@ -191,7 +191,7 @@ class Sample(Section):
 class Evaluate(Section):
     """What samples are measured with, and how many (docs/evaluation.md)."""
 
-    # auto: the first of inception and dinov2 whose weights are on this machine, or effnet_lite0, which needs no download
+    # auto: inception or dinov2, whose weights are on this machine, else effnet_lite0, which needs no download
     network: Literal["auto", "effnet_lite0", "inception", "dinov2"] = "auto"
     weights: LocalPath | None = None  # a file with the network's weights; else they are downloaded once
     images: PositiveInt = 5_000  # samples, as many of each class

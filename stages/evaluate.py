@@ -1,4 +1,4 @@
-"""Measure samples against real images, beside what real images and the VAE reach, with a receipt of all it depends on."""
+"""Samples against real images, beside what real images and the VAE reach, with a receipt of all that it depends on."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ PROTOCOLS = {  # what papers call by these names: docs/evaluation.md
     "imagenet100-5k": {"images": 5_000, "reference": "heldout"},
 }
 _COMPARED = ("samples", "weights", "network", "reference", "versions", "machine", "figures")  # by --repeat
+_FOLDER = "eval"  # in a run
 _BATCH = 64  # images written to an .npz at a time
 _PACKAGES = ("torch", "diffusers", "numpy", "pillow")
 
@@ -52,7 +53,7 @@ def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: 
         config = Config.model_validate(config.model_copy(update={"evaluate": evaluate_section}).model_dump())
     evaluation = Evaluation(config, run, images)
     receipt = evaluation.receipt()
-    file = run / "eval" / f"{receipt['tag']}.json"
+    file = run / _FOLDER / f"{receipt['tag']}.json"
     publish_checked(file, receipt)
     print_table(receipt)
     save_page(file, receipt, evaluation.rows, evaluation.training)
@@ -81,9 +82,9 @@ def repeat(file: Path) -> None:
         raise ValueError(f"--repeat: {file}: {'damaged, or no receipt' if file.is_file() else 'no such file'}")
     before = json.loads(text)
     path, work = before["samples"].get("path"), file.with_name(f".repeat-{file.stem}")
+    run = file.parents[1] if file.parent.name == _FOLDER else Path(before["run"])  # which may have been moved
     try:
-        config = Config.model_validate(before["config"])
-        receipt = Evaluation(config, Path(before["run"]), path, work=work).receipt()
+        receipt = Evaluation(Config.model_validate(before["config"]), run, path, work=work).receipt()
     finally:
         remove(work)
     now = json.loads(json.dumps(receipt))
@@ -118,6 +119,8 @@ class Evaluation:
         self.sources = open_config_sources(config)
         self.vae = FrozenVae(config.vae.source, self.network.device)
         self._seconds: dict[str, float] = {}
+        against = "-against-heldout" if config.evaluate.reference == "heldout" else ""
+        self._suffix = f"-{self.network.name}{against}"  # of the receipt's name
 
     def receipt(self) -> dict[str, Any]:
         """The figures of all sets of images, and what they depend on."""
@@ -140,7 +143,7 @@ class Evaluation:
         folder = sample(self.config, self.run, to=self.work and self.work / "samples")
         cache = LatentCache(folder)
         record = {
-            "tag": f"{sample_folder(self.config, self.run, checkpoint).name}-{self.network.name}",
+            "tag": f"{sample_folder(self.config, self.run, checkpoint).name}{self._suffix}",
             "samples": {
                 **drawn.model_dump(mode="json"),
                 "drawn": len(chosen) * per_class,
@@ -157,14 +160,14 @@ class Evaluation:
         for note in images.notes:
             print(f"evaluate: {note}")
         fingerprint = images.fingerprint()
-        tag = f"{Path(path).stem}-{fingerprint[:8]}-{self.network.name}"
+        tag = f"{Path(path).stem}-{fingerprint[:8]}{self._suffix}"
         return images, {"tag": tag, "samples": {"path": path, "fingerprint": fingerprint}}
 
     def _compute_features(self, samples: Images) -> None:
         """The rows: samples first, then real images and reconstructions of those that are held out."""
         beside = self.config.cache.path
         data = self.work or beside.with_name(f"{beside.name}-features")
-        self.rows = [self._row("samples", samples, self.work or self.run / "eval" / "features")]
+        self.rows = [self._row("samples", samples, self.work or self.run / _FOLDER / "features")]
         self.training = self._row("training images", self.sources[0], data)
         if len(self.sources) == 1:
             print("evaluate: no images are held out (data.heldout), so there is nothing real to compare samples with")

@@ -54,9 +54,10 @@ class FeatureSet:
         """ValueError where a file in `folder` is not what was written."""
         self.folder = folder
         text = checked((folder / _META).read_bytes())
-        if text is None or sha256_file(folder / "features.npy") != json.loads(text)["sha256"]:
+        meta: dict[str, Any] = json.loads(text) if text else {"sha256": {_META: ""}}
+        if any(sha256_file(folder / file) != sha256 for file, sha256 in meta["sha256"].items()):
             raise ValueError(f"{folder}: damaged: delete it, and the features are computed again")
-        self.failures: dict[str, str] = json.loads(text)["failures"]  # key -> reason
+        self.failures: dict[str, str] = meta["failures"]  # key -> reason
         self.labels: NDArray[np.int64] = np.load(folder / "labels.npy")
         self.indices: NDArray[np.int64] = np.load(folder / "indices.npy")
         self.digests: NDArray[np.uint8] = np.load(folder / "digests.npy")  # N 16
@@ -74,14 +75,14 @@ class FeatureSet:
         return len(self.digests) - len(np.unique(self.digests, axis=0))
 
 
-def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, workers: int, what: str) -> FeatureSet:
+def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, workers: int, name: str) -> FeatureSet:
     """The features of `images` by `network`, which are kept in a folder of that name with a digest of both.
 
     What an earlier call has computed is not computed again. On a CPU, `workers` processes of one thread each read
     images and run the network, so that no bit depends on their number; else they read ahead of it, and 0 reads here.
     """
     identity = [network.name, network.sha256, network.resize, images.fingerprint()]
-    folder = folder / f"{what}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+    folder = folder / f"{name.replace(' ', '-')}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
     if (folder / _META).exists():
         return FeatureSet(folder)
     parts = folder.with_name(folder.name + ".parts")
@@ -90,11 +91,11 @@ def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, w
     pending = [start for start, file in zip(starts, files, strict=True) if not file.exists()]
     total = len(images.keys)
     missing = sum(min(PART, total - start) for start in pending)
-    with tqdm(total=total, initial=total - missing, unit=" images", desc=what, mininterval=1) as bar:
+    with tqdm(total=total, initial=total - missing, unit=" images", desc=name, mininterval=1) as bar:
         for start, columns, failures in _compute(images, network, pending, workers, bar):
             payload = safetensors.numpy.save(columns, metadata={"failures": json.dumps(failures)})
             publish(files[start // PART], payload)
-    _assemble(folder, files, images, network)
+    _assemble(folder, files, images, network, name)
     remove(parts)
     return FeatureSet(folder)
 
@@ -152,14 +153,12 @@ def _compute(
         yield part.start, columns, failures
 
 
-def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: FeatureNetwork) -> None:
+def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: FeatureNetwork, name: str) -> None:
     """Publish the rows of all parts in the order of their digests, and of their indices where these are equal."""
     small = [_read_part(part, ("indices", "digests")) for part in parts]
     indices, digests = (np.concatenate([each[name] for each in small]) for name in ("indices", "digests"))
     if len(indices) < 2:
-        raise ValueError(
-            f"{folder.name}: {len(indices)} of {len(images.keys)} images could be read: two are needed at least"
-        )
+        raise ValueError(f"{name}: {len(indices)} of {len(images.keys)} images could be read: two are needed at least")
     order = np.lexsort((indices, *digests.T[::-1]))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -177,8 +176,8 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
         np.save(staged / "indices.npy", indices[order])
         np.save(staged / "digests.npy", digests[order])
         failures = {key: reason for part in parts for key, reason in _failures(part).items()}
-        meta = {"failures": failures, "sha256": sha256_file(staged / "features.npy")}
-        publish_checked(staged / _META, meta)
+        hashes = {file.name: sha256_file(file) for file in sorted(staged.iterdir())}
+        publish_checked(staged / _META, {"failures": failures, "sha256": hashes})
 
 
 def _read_part(part: Path, names: Sequence[str]) -> dict[str, NDArray]:
