@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -79,7 +80,7 @@ def inside(estimate: Estimate | None, truth: float) -> bool:
     return estimate.interval[0] <= truth <= estimate.interval[1]
 
 
-@pytest.fixture(params=[10, 70, 1000])
+@pytest.fixture(params=[30, 70, 1000])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The rows read at once: 260 and 300 rows in many blocks, in some, and in one."""
     for module in (figures, kernel, neighbours, classes):
@@ -558,6 +559,15 @@ def test_a_probe_of_one_class_and_no_distances_are_refused() -> None:
         fit_probe(Rows(normals(20, 3), np.zeros(20, np.int64)), CPU)
     with pytest.raises(ValueError, match=r"^distances of 0 images and 7 held out: "):
         closer_than_heldout(np.zeros(0), np.zeros(7))
+
+
+@pytest.mark.parametrize("measure", sorted(MEASURES.keys() - {"inception"}))
+def test_a_device_without_float64_leaves_the_work_to_the_cpu(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of ours is put on it, so it need not be there."""
+    sets = [numbered(normals(200, 3, seed=seed)) for seed in (1, 2)]
+    expected = MEASURES[measure](*sets)
+    monkeypatch.setattr(sys.modules[__name__], "CPU", torch.device("mps"))
+    np.testing.assert_equal(MEASURES[measure](*sets), expected)
 
 
 def test_measuring_twice_gives_the_same_bits_and_json_holds_them(sets: tuple[Rows, Rows]) -> None:
