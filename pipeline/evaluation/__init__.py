@@ -1,0 +1,1 @@
+"""How good images are: feature networks, and the figures that are computed from features."""

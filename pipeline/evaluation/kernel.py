@@ -1,0 +1,83 @@
+"""The kernel distance between two sets of features: KID's (Binkowski et al. 2018), over all pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation.figures import (
+    BLOCK,
+    GROUPS,
+    LIMIT,
+    Estimate,
+    Features,
+    blocks,
+    check,
+    group_sizes,
+    has_groups,
+    jackknife,
+    zeros,
+)
+
+
+def kernel_distance(
+    features: Features, reference: Features, reference_similarity: float, device: torch.device
+) -> Estimate:
+    """The unbiased squared maximum mean discrepancy of the kernel (x.y / D + 1)^3; its mean over equal sets is 0.
+
+    Over all pairs of the first LIMIT rows of each set, where KID takes the mean over random subsets of 1,000 or less.
+    Of the reference, what does not depend on the features is given: its `mean_similarity`.
+    """
+    check(features, reference)
+    within, across = _within(features, device), _across(features, reference, device)
+    count, others = min(len(features), LIMIT), min(len(reference), LIMIT)
+
+    def distance(rows: int, own: Tensor, cross: Tensor) -> float:
+        return (own / (rows * (rows - 1)) + reference_similarity - 2 * cross / (rows * others)).item()
+
+    value = distance(count, within.sum(), across.sum())
+    if not has_groups(count):
+        return Estimate(value, None)
+    own = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
+    cross = across.sum() - across
+    return jackknife(value, [distance(count - size, own[g], cross[g]) for g, size in enumerate(group_sizes(count))])
+
+
+def mean_similarity(features: Features, device: torch.device) -> float:
+    """The mean of the kernel over all pairs of different rows among the first LIMIT."""
+    check(features)
+    count = min(len(features), LIMIT)
+    return _within(features, device).sum().item() / (count * (count - 1))
+
+
+def _within(features: Features, device: torch.device) -> Tensor:
+    """Sums of the kernel over pairs of different rows, by the groups of both: `GROUPS GROUPS`."""
+    sums = zeros(GROUPS, GROUPS, device=device)
+    for i, x in enumerate(blocks(features, device, LIMIT)):
+        for j, y in enumerate(blocks(features, device, min((i + 1) * BLOCK, LIMIT))):
+            similarity = _kernel(x, y)
+            if i == j:
+                similarity.fill_diagonal_(0)
+            part = _membership(x).T @ similarity @ _membership(y)
+            sums += part if i == j else part + part.T
+    return sums
+
+
+def _across(features: Features, reference: Features, device: torch.device) -> Tensor:
+    """Sums of the kernel over pairs of a row of each set, by the groups of `features`: `GROUPS`."""
+    sums = zeros(GROUPS, device=device)
+    for x in blocks(features, device, LIMIT):
+        for y in blocks(reference, device, LIMIT):
+            sums += _membership(x).T @ _kernel(x, y).sum(1)
+    return sums
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    base = (x @ y.T).div_(x.shape[1]).add_(1)
+    return base * base * base
+
+
+def _membership(block: Tensor) -> Tensor:
+    """`n GROUPS`: 1 where a row is in a group."""
+    eye = torch.eye(GROUPS, dtype=block.dtype, device=block.device)
+    return eye.repeat(len(block) // GROUPS + 1, 1)[: len(block)]
