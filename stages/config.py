@@ -154,6 +154,7 @@ class Train(Section):
     seed: Seed = 0
     log_every: PositiveInt = 800
     preview_every: PositiveInt = 10_000
+    eval_every: NonNegativeInt = 0  # a quick score of 500 samples; 0: never, for drawing them takes time
     checkpoint_every: PositiveInt = 10_000
     keep: PositiveInt = 2  # newest checkpoints that stay
     keep_every: NonNegativeInt = 0  # every n-th checkpoint that stays, too; 0: none

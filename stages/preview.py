@@ -1,30 +1,42 @@
-"""Pictures of what a model has learnt so far: a contact sheet at a time, and a strip of all times."""
+"""What a model has learnt so far: a contact sheet at a time, a strip of all times, and a quick score."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from PIL import Image
 
+from data.heldout import Subset
 from data.manifest import Manifest
+from data.source import NO_CLASS
 from pipeline.checkpoint import full
 from pipeline.ema import Average
+from pipeline.evaluation.features import compute_features
+from pipeline.evaluation.kernel import kernel_distance, mean_similarity
+from pipeline.evaluation.networks import open_network
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
 from stages.config import Config, Sample
-from stages.pictures import contact_sheet, save_png, strip
+from stages.datasets import open_config_sources
+from stages.device import process_count
+from stages.pictures import save_png, strip
 from stages.start import build_model
 
 PER_CLASS = 4
 PREVIEWED = 10  # classes of a preview: the first ones with images
 STRIP = "previews.png"
 _STRIP_ROWS = 12
+SCORED = 500  # samples of a quick score
+_REFERENCE = 2000  # images that they are compared with
 
 
 def averaged_model(average: Average, config: Config, manifest: Manifest, accelerator: Accelerator) -> LatentUNet | None:
@@ -42,30 +54,79 @@ def averaged_model(average: Average, config: Config, manifest: Manifest, acceler
 
 
 @torch.inference_mode()
-def draw_preview(
-    file: Path,
+def draw_images(
     model: LatentUNet,
+    labels: NDArray[np.int64],
     *,
     noise: NoiseProcess,
     normalization: Normalization,
     vae: FrozenVae,
-    classes: Mapping[int, str],
     settings: Sample,
-) -> None:
-    """Publish a contact sheet of samples of `classes`, index to name, at fixed seeds, with the sampler and the guidance
-    of `settings`."""
-    labels = torch.tensor(list(classes), device=vae.device).repeat(PER_CLASS)
-    size = model.config["sample_size"]
-    latents = draw(
-        guided(model, labels, settings.guidance),
-        make_scheduler(settings.scheduler, noise, settings.steps),
-        shape=(model.config["in_channels"], size, size),
-        generators=image_generators(settings.seed, list(range(len(labels)))),
-        device=vae.device,
-    )
-    parts = normalization.denormalize(latents).split(len(classes))  # a larger VAE has no room for all at once
-    images = torch.cat([to_images(vae.decode(part)) for part in parts]).cpu().numpy()
-    save_png(contact_sheet(images, labels.tolist(), classes), file)
+    decoded: int,
+) -> NDArray[np.uint8]:
+    """Samples of the classes `labels` `N` at fixed seeds, with the sampler and the guidance of `settings`: uint8
+    `N H W 3`, of which `decoded` are decoded at a time, since a larger VAE has no room for all."""
+    size, images = model.config["sample_size"], []
+    for start in range(0, len(labels), settings.batch_size):
+        part = torch.from_numpy(labels[start : start + settings.batch_size]).to(vae.device)
+        latents = draw(
+            guided(model, part, settings.guidance),
+            make_scheduler(settings.scheduler, noise, settings.steps),
+            shape=(model.config["in_channels"], size, size),
+            generators=image_generators(settings.seed, list(range(start, start + len(part)))),
+            device=vae.device,
+        )
+        images += [to_images(vae.decode(each)) for each in normalization.denormalize(latents).split(decoded)]
+    return torch.cat(images).cpu().numpy()
+
+
+class QuickScore:
+    """A kernel distance of some samples, to see a run's trend; `latentmill evaluate` makes figures for tables."""
+
+    def __init__(self, config: Config, classes: NDArray[np.int64], device: torch.device) -> None:
+        """Samples of `classes` in turn against some held-out images or, where there are none, images of training."""
+        self._network = open_network(config.evaluate.network, config.evaluate.weights, device)
+        source = open_config_sources(config)[-1]
+        chosen = np.unique(np.linspace(0, len(source.keys) - 1, _REFERENCE).astype(np.int64))
+        beside = config.cache.path.with_name(f"{config.cache.path.name}-features")
+        print(f"train: a score of {SCORED} samples against {len(chosen):,} images, of {source.name}", flush=True)
+        self._reference = compute_features(
+            Subset(source, chosen, source.name),
+            self._network,
+            beside,
+            workers=process_count(config.cache.workers),
+            name="quick score",
+        )
+        self._similarity = mean_similarity(self._reference, device)
+        self.labels = np.resize(classes, SCORED)
+
+    def measure(self, images: NDArray[np.uint8]) -> dict[str, Any]:
+        """For the log: the distance of samples of `labels`, uint8 `SCORED S S 3`, and its interval."""
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # classes take turns in theirs
+        features = InMemory(self._network.features(torch.from_numpy(images)[order]).numpy())
+        distance = kernel_distance(features, self._reference, self._similarity, self._network.device)
+        return {f"KD-{self._network.name}": distance.value, "score_interval": distance.interval}
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A few feature vectors, `vectors` float32 `N D` (see `pipeline.evaluation.figures.Features`)."""
+
+    vectors: NDArray[np.float32]
+
+    @property
+    def dimension(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.full(len(self.vectors), NO_CLASS, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        return self.vectors[start:stop]
 
 
 def draw_strip(run: Path, *, size: int, classes: int) -> None:

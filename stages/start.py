@@ -28,7 +28,7 @@ _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
 _CACHE = ("rows", "committed", "store", "dtype", "views", "preprocessing", "data_fingerprint")  # fields of the manifest
 _FIXED = ("batch_size", "seed", "optimizer", "weighting")  # settings that a run keeps to its end
 # settings that no weight depends on; and the precision, which is known only with the device
-_UNRECORDED = {"tracker", "keep", "keep_every", "preview_every", "precision"}
+_UNRECORDED = {"tracker", "keep", "keep_every", "preview_every", "eval_every", "precision"}
 _LEARNING_RATE = ("lr", "schedule", "images", "warmup", "decay")
 _BRIEF = reprlib.Repr()  # of a value in a line: there may be a thousand classes
 _BRIEF.maxlist, _BRIEF.maxstring = 8, 100

@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
 from stages.config import Config
 from stages.launch import Preemption, computer, connect, describe, in_background
-from stages.preview import PREVIEWED, averaged_model, draw_preview, draw_strip
+from stages.pictures import contact_sheet, save_png
+from stages.preview import PER_CLASS, PREVIEWED, QuickScore, averaged_model, draw_images, draw_strip
 from stages.run_folder import begin_run_folder, check_run_folder
 from stages.start import (
     as_json,
@@ -58,7 +59,7 @@ from stages.start import (
     with_batch_size,
 )
 from stages.tracker import Tracker
-from stages.watch import Window, begin_log, draw_curves, log_heldout, log_line
+from stages.watch import Window, begin_log, draw_curves, log_measured, log_line
 
 _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
@@ -116,6 +117,8 @@ class Trainer:
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
             self.heldout = open_heldout(config, self.manifest, self.noise)
+            kinds = np.flatnonzero(self.class_counts)
+            self.score = QuickScore(config, kinds, self.device) if config.train.eval_every else None
         self.normalization = normalization_of(config, self.manifest, checkpoint)
         self.loader = open_loader(config, cache, accelerator, checkpoint)
         model = build_model(config, self.manifest)
@@ -159,10 +162,11 @@ class Trainer:
                 self._update()
                 if self._due(before, settings.log_every):
                     self._log(tracker)
-                drawing, saving = (self._due(before, n) for n in (settings.preview_every, settings.checkpoint_every))
-                with self.window.paused() if drawing or saving else contextlib.nullcontext():
-                    if drawing:
-                        self._preview(tracker)
+                previewing, saving = (self._due(before, n) for n in (settings.preview_every, settings.checkpoint_every))
+                scoring = settings.eval_every > 0 and self._due(before, settings.eval_every)
+                with self.window.paused() if previewing or scoring or saving else contextlib.nullcontext():
+                    if previewing or scoring:
+                        self._look(tracker, preview=previewing, score=scoring)
                     if saving:  # last: once it is there, a rerun does not come back to this step
                         self._save(scheduled=True)
                 if (number := preemption.agreed()) and self.images_seen < settings.images:
@@ -388,26 +392,33 @@ class Trainer:
             self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
         raise SystemExit(128 + number)
 
-    def _preview(self, tracker: Tracker) -> None:
-        """What the averaged weights do: held-out loss, a sheet of samples; and pictures of the whole run so far."""
+    def _look(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
+        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and all of it so far."""
         self._check_finite()
         model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
         if not model:
             return
-        if self.heldout:
-            measured = self.heldout.measure(model, self.normalization)
-            values = {"step": self.step, "images_seen": self.images_seen, **measured}
-            log_heldout(self.run, values, self.config.train.images)
-            tracker.log(values)
-        shown = np.flatnonzero(self.class_counts)[:PREVIEWED].tolist()  # of others nothing is learnt
-        draw_preview(
-            self.run / "previews" / f"{self.images_seen:09d}.png",
+        draw = partial(
+            draw_images,
             model,
             noise=self.noise,
             normalization=self.normalization,
             vae=self.vae,
-            classes={kind: self.manifest.classes[kind] for kind in shown},
             settings=self.config.sample.model_copy(update={"guidance": self.guidance}),
         )
+        measured: dict[str, Any] = {}
+        if preview and self.heldout:
+            measured |= self.heldout.measure(model, self.normalization)
+        if score and self.score:
+            measured |= self.score.measure(draw(self.score.labels, decoded=PREVIEWED))
+        if measured:
+            values = {"step": self.step, "images_seen": self.images_seen, **measured}
+            log_measured(self.run, values, self.config.train.images)
+            tracker.log(values)
+        if preview:
+            shown = np.flatnonzero(self.class_counts)[:PREVIEWED]  # of others nothing is learnt
+            labels = np.tile(shown, PER_CLASS)
+            sheet = contact_sheet(draw(labels, decoded=len(shown)), labels.tolist(), self.manifest.classes)
+            save_png(sheet, self.run / "previews" / f"{self.images_seen:09d}.png")
+            draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))
         draw_curves(self.run)
-        draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))

@@ -25,12 +25,13 @@ from stages.pictures import draw_texts, save_png
 
 LOG, CURVES = "log.jsonl", "curves.png"
 _SHARED = 0.8  # of the cores that a run has threads for: with less, it competes with other work
-_KEYS = (  # of a line of steps, and of one of held-out images
+_KEYS = (  # of a line of steps, of one of held-out images, and of one with a score
     {
         "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second",
         "teraflops_per_second", "data_wait", "memory_gb",
     },
     {"step", "images_seen", "heldout_loss", "heldout_loss_by_noise", "heldout_cache"},
+    {"step", "images_seen", "score_interval"},
 )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def begin_log(run: Path, images_seen: int, logged: int) -> None:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of the log; None where it is not what `log_line` and `log_heldout` write."""
+    """A line of the log; None where it is not what `log_line` and `log_measured` write."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -179,10 +180,19 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
     )
 
 
-def log_heldout(run: Path, values: dict[str, Any], images: int) -> None:
-    """Add the loss on held-out images to the log, and say it in one line."""
+def log_measured(run: Path, values: dict[str, Any], images: int) -> None:
+    """Add what the averaged weights do to the log, the loss on held-out images or a score, and say it in one line."""
     append_line(run / LOG, json.dumps(values))
-    print(f"{_place(values['images_seen'], images)}   held-out loss {values['heldout_loss']:.4f}", flush=True)
+    said = f"   held-out loss {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
+    if name := score_of(values):
+        low, high = (1000 * end for end in values["score_interval"])
+        said += f"   {name} x1000 {1000 * values[name]:.1f} ±{(high - low) / 2:.1f}"
+    print(_place(values["images_seen"], images) + said, flush=True)
+
+
+def score_of(values: dict[str, Any]) -> str | None:
+    """The name of the score in a line of the log, such as KD-EffNetLite0; None where it has none."""
+    return next((name for name in values if name.startswith("KD-")), None)
 
 
 def _place(seen: int, images: int) -> str:
@@ -195,6 +205,7 @@ def draw_curves(run: Path) -> None:
 
     logged = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     lines, heldout = ([line for line in logged if kind in line] for kind in ("loss", "heldout_loss"))
+    scores = [line for line in logged if score_of(line)]
     if not lines:
         return
     seen = [line["images_seen"] for line in lines]
@@ -202,6 +213,8 @@ def draw_curves(run: Path) -> None:
     margins = {"left": 0.05, "right": 0.91, "bottom": 0.07, "top": 0.91, "wspace": 0.14, "hspace": 0.3}
     axes = figure.subplots(2, 2, gridspec_kw=margins)  # a layout found by matplotlib takes as long as the drawing
     _draw_losses(axes[0][0], axes[0][1], lines, heldout)
+    if scores:
+        _draw_scores(axes[0][0].twinx(), scores)
     axes[1][0].plot(seen, [line["gradient_norm"] for line in lines], lw=1)
     axes[1][1].plot(seen, [line["images_per_second"] for line in lines], lw=1)
     rate = axes[1][1].twinx()
@@ -250,6 +263,18 @@ def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout:
     by_noise.add_artist(levels)  # a second legend would replace it
     styles = [Line2D([], [], color="grey", ls=style, label=text) for style, text in (("-", "training"), ("--", label))]
     by_noise.legend(handles=styles, fontsize=8)
+
+
+def _draw_scores(axis: Any, lines: list[dict[str, Any]]) -> None:
+    """Quick scores with their intervals, on an axis of their own."""
+    name = score_of(lines[-1])
+    assert name
+    lines = [line for line in lines if name in line]  # figures of two networks are never mixed
+    values = [1000 * line[name] for line in lines]
+    margins = [500 * (line["score_interval"][1] - line["score_interval"][0]) for line in lines]
+    axis.errorbar([line["images_seen"] for line in lines], values, margins, color="tab:red", lw=1, marker=".", capsize=2)
+    axis.set_ylabel(f"{name} x1000", color="tab:red")
+    axis.set_ylim(bottom=min(0, *values))
 
 
 def _duration(seconds: float) -> str:
