@@ -524,6 +524,7 @@ MEASURES: dict[str, Callable[[Rows, Rows], object]] = {
     "nearest": lambda features, reference: nearest(features, reference, CPU),
     "inception": lambda features, _: inception_score(features, lambda block: block.double().softmax(1), CPU),
     "classes": lambda features, reference: class_frechet_distances(features, reference, CPU),
+    "class kernel": lambda features, reference: class_kernel_distances(features, reference, CPU),
     "probe": lambda features, reference: fit_probe(reference, CPU).accuracy(features, CPU),
 }
 

@@ -61,6 +61,7 @@ def inception_score(features: Features, probabilities: Callable[[Tensor], Tensor
 
 def class_kernel_distances(features: Features, reference: Features, device: torch.device) -> dict[int, Estimate]:
     """The kernel distance within each class that has at least 50 images in both sets, by label."""
+    check(features, reference)
     return {
         label: kernel_distance(images, real, mean_similarity(real, device), device)
         for label, images, real in _shared_classes(features, reference, _FEWEST)
