@@ -89,7 +89,6 @@ class QuickScore:
         source = open_config_sources(config)[-1]
         chosen = np.unique(np.linspace(0, len(source.keys) - 1, _REFERENCE).astype(np.int64))
         beside = config.cache.path.with_name(f"{config.cache.path.name}-features")
-        print(f"train: a score of {SCORED} samples against {len(chosen):,} images, of {source.name}", flush=True)
         self._reference = compute_features(
             Subset(source, chosen, source.name),
             self._network,
@@ -97,6 +96,8 @@ class QuickScore:
             workers=process_count(config.cache.workers),
             name="quick score",
         )
+        against = f"{len(self._reference):,} images, of {source.name}"
+        print(f"train: a quick score of {SCORED} samples against {against}", flush=True)
         self._similarity = mean_similarity(self._reference, device)
         self.labels = np.resize(classes, SCORED)
 

@@ -59,7 +59,7 @@ from stages.start import (
     with_batch_size,
 )
 from stages.tracker import Tracker
-from stages.watch import Window, begin_log, draw_curves, log_measured, log_line
+from stages.watch import Window, begin_log, draw_curves, log_line, log_measured
 
 _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
@@ -393,7 +393,7 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def _look(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
-        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and all of it so far."""
+        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves so far."""
         self._check_finite()
         model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
         if not model:

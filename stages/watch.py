@@ -272,7 +272,9 @@ def _draw_scores(axis: Any, lines: list[dict[str, Any]]) -> None:
     lines = [line for line in lines if name in line]  # figures of two networks are never mixed
     values = [1000 * line[name] for line in lines]
     margins = [500 * (line["score_interval"][1] - line["score_interval"][0]) for line in lines]
-    axis.errorbar([line["images_seen"] for line in lines], values, margins, color="tab:red", lw=1, marker=".", capsize=2)
+    axis.errorbar(
+        [line["images_seen"] for line in lines], values, margins, color="tab:red", lw=1, marker=".", capsize=2
+    )
     axis.set_ylabel(f"{name} x1000", color="tab:red")
     axis.set_ylim(bottom=min(0, *values))
 

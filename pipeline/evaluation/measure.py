@@ -29,6 +29,15 @@ from pipeline.evaluation.networks import FeatureNetwork
 VERSION = 1  # of the figures: raise it when a change alters them, so that none is taken from before
 
 
+def _rounded(value: Any) -> Any:
+    """A figure, or all in a dict or list, to nine digits: the last ones of float64 sums depend on threads."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
 @dataclass
 class Row:
     """A set of images with its features and, once it is measured, its distances to the images of training."""
@@ -56,7 +65,7 @@ class Measurement:
         file = row.features.folder / f"figures-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         text = checked(read(file)) if file.exists() else None
         if text is None:
-            publish_checked(file, json.loads(json.dumps(self._compute(row))))
+            publish_checked(file, _rounded(self._compute(row)))
             text = checked(read(file))
             assert text
         figures: dict[str, Any] = json.loads(text)
@@ -113,7 +122,7 @@ class Measurement:
         for each in (row, self.heldout):
             self._find_nearest(each)
         found = closer_than_heldout(row.distances, self.heldout.distances)
-        return {"median_distance": float(np.median(row.distances)), **json.loads(json.dumps(asdict(found)))}
+        return _rounded({"median_distance": float(np.median(row.distances)), **asdict(found)})
 
     def _find_nearest(self, row: Row) -> None:
         """Fill in distances and neighbours, which are kept, too."""
