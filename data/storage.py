@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
@@ -33,17 +33,27 @@ def publish(path: Path, payload: bytes) -> None:
 
     One writer a path at a time. OSError, with the path, when the disk is full or refuses.
     """
+    with staged_file(path) as file:
+        file.write(payload)
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends well, and is gone when it does not.
+
+    One writer a path at a time. OSError, with the path, when the disk is full or refuses.
+    """
     staged = path.with_name(_STAGED + path.name)
     with _telling(path, "writing"):
         try:
             make_folder(path.parent)
             with open(staged, "wb") as file:
-                file.write(payload)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, path)
             _sync_folder(path.parent)
-        except OSError:
+        except BaseException:  # an interruption, too
             with contextlib.suppress(OSError):  # the first error is the one to tell; a full disk wants its room back
                 os.unlink(staged)
             raise

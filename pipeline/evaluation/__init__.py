@@ -1,0 +1,1 @@
+"""How good samples are: feature networks, and figures of their features."""
