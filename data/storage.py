@@ -58,7 +58,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
             unfinished.pop_all()
         _sync_folder(path.parent)
     except OSError as error:
-        if error.filename not in (None, staged, str(staged)):
+        if error.filename is not None and str(error.filename) not in (str(staged), str(path.parent)):
             raise
         with _telling(path, "writing"):
             raise
