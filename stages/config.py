@@ -200,6 +200,7 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 _TEXTS = (
     "name",
+    "heldout",
     "source",
     "path",
     "init",
