@@ -393,7 +393,7 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def _look(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
-        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves so far."""
+        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves."""
         self._check_finite()
         model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
         if not model:

@@ -241,10 +241,11 @@ def draw_curves(run: Path) -> None:
 
 
 def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
-    """On two axes: the loss, and that of each noise level; of training drawn through, of held-out images dashed."""
+    """On two axes the loss, and that of each noise level: of training drawn through, of held-out images dashed."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
+    dashed: dict[str, Any] = {"lw": 1.2, "ls": "--", "marker": "."}
     seen, measured = ([line["images_seen"] for line in each] for each in (lines, heldout))
     loss.plot(seen, [line["loss"] for line in lines], lw=1, label="training")
     for level in range(LEVELS):
@@ -252,17 +253,18 @@ def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout:
         label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
         color = colormaps["viridis"](level / LEVELS)
         by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
-        values = [line["heldout_loss_by_noise"][level] for line in heldout]
-        by_noise.plot(measured, values, color=color, lw=1.2, ls="--", marker=".")
+        by_noise.plot(measured, [line["heldout_loss_by_noise"][level] for line in heldout], color=color, **dashed)
     levels = by_noise.legend(title="timestep", fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if not heldout:
         return
     label = "held-out images, averaged weights"
-    loss.plot(measured, [line["heldout_loss"] for line in heldout], lw=1.2, ls="--", marker=".", label=label)
-    loss.legend(fontsize=8)
+    loss.plot(measured, [line["heldout_loss"] for line in heldout], **dashed, label=label)
+    loss.legend(fontsize=8, loc="upper right")
     by_noise.add_artist(levels)  # a second legend would replace it
-    styles = [Line2D([], [], color="grey", ls=style, label=text) for style, text in (("-", "training"), ("--", label))]
-    by_noise.legend(handles=styles, fontsize=8)
+    for line in by_noise.lines[::2]:
+        line.set_alpha(0.5)
+    styles = [Line2D([], [], color="grey", lw=1, label="training"), Line2D([], [], color="grey", **dashed, label=label)]
+    by_noise.legend(handles=styles, fontsize=8, loc="upper right")
 
 
 def _draw_scores(axis: Any, lines: list[dict[str, Any]]) -> None:

@@ -94,7 +94,7 @@ class FeatureNetwork:
         self.name, self.frechet, self.sha256 = published.name, published.frechet, published.sha256
         self.dimension, self.has_classes = published.dimension, published.has_classes
         self.resize: str = model.resize
-        self._model, self._device = model.to(device, memory_format=torch.channels_last), device
+        self._model, self.device = model.to(device, memory_format=torch.channels_last), device
 
     def features(self, images: Tensor) -> Tensor:
         """float32 `B D`, on the CPU, of uint8 `B H W 3`; any B, and the same bits however images are put together.
@@ -105,10 +105,10 @@ class FeatureNetwork:
         assert images.ndim == 4
         assert images.shape[3] == 3
         with _exact_float32():
-            return _in_batches(self._features, images, torch.get_num_threads() if self._device.type == "cpu" else 1)
+            return _in_batches(self._features, images, torch.get_num_threads() if self.device.type == "cpu" else 1)
 
     def _features(self, images: Tensor) -> Tensor:
-        pixels = images.to(self._device).permute(0, 3, 1, 2).to(torch.float32)
+        pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32)
         return self._model(self._model.preprocess(pixels).contiguous(memory_format=torch.channels_last)).cpu()
 
     def probabilities(self, features: Tensor) -> Tensor:
