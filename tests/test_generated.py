@@ -127,6 +127,24 @@ def test_ranges_in_turn_read_every_byte_once_and_hold_no_more_than_a_range(
     assert sum(filter(None, asked[:2])) == asked[0] + 50 * ROW < 52 * ROW
 
 
+def test_what_is_open_is_not_shared_with_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that move the place in one open file would read each other's images, now and then."""
+    images = opened(saved(tmp_path / "a.npz", np.repeat(PIXELS, 100, 0)))
+    images.load([200])
+    opens, real = [], zipfile.ZipFile
+
+    def open_zip(*args: Any) -> zipfile.ZipFile:
+        opens.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", open_zip)
+    images.load([300])
+    assert not opens
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    np.testing.assert_array_equal(images.load([400, 500]).pixels, PIXELS[[4, 5]])
+    assert len(opens) == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK"])
 def test_other_kinds_of_pixels_become_rgb_as_those_of_a_data_set_do(mode: str, tmp_path: Path) -> None:
     grey = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
