@@ -49,7 +49,7 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
     for name, figure in first.items():
         if isinstance(figure, dict) and "value" in figure:
             scale, label = (1000, f"{name} x1000") if name.startswith("KD-") else (1, name)
-            lines.append([label, *(_written(each.get(name), scale) for each in sets.values())])
+            lines.append([label, *(written(each.get(name), scale) for each in sets.values())])
     if "memorisation" in first:
         for name, label in (
             ("median_distance", "median distance to training"),
@@ -57,11 +57,11 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
             ("very_close", "closer than the closest 1 % of them"),
             ("copies", "copies of training images"),
         ):
-            lines.append([label, *(_written(each.get("memorisation", {}).get(name)) for each in sets.values())])
+            lines.append([label, *(written(each.get("memorisation", {}).get(name)) for each in sets.values())])
     return lines
 
 
-def _written(figure: Any, scale: float = 1) -> str:
+def written(figure: Any, scale: float = 1) -> str:
     """A figure with half the width of its interval, to as many places as that bears; a dash for none."""
     if figure is None:
         return "-"
@@ -142,7 +142,7 @@ def _by_class(receipt: Mapping[str, Any]) -> list[list[str]]:
         [
             names[int(label)] if int(label) >= 0 else "no class",
             f"{each['images']:,}",
-            *(_written(each[name], 1000 if name.startswith("KD-") else 1) for name in figures),
+            *(written(each[name], 1000 if name.startswith("KD-") else 1) for name in figures),
         ]
         for label, each in samples.items()
     ]
