@@ -36,15 +36,15 @@ def test_the_cache_is_read_by_the_lines_of_its_page(
 
 def test_the_readme_lists_every_module_and_no_other() -> None:
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The repository")[1]
-    folder, listed = "", set()
+    folders, listed = {2: ""}, set()  # by indentation
     for line in tree.splitlines():
-        entry = re.match(r"( {4,6})(\S+)", line)
-        if entry and entry.group(2).endswith("/") and len(entry.group(1)) == 4:
-            folder = entry.group(2)
+        entry = re.match(r"( {4,8})(\S+)", line)
+        if entry and entry.group(2).endswith("/"):
+            folders[len(entry.group(1))] = folders[len(entry.group(1)) - 2] + entry.group(2)
         elif entry and entry.group(2).endswith(".py"):
-            listed.add(folder + entry.group(2))
-    folders = ("data", "pipeline", "stages", "benchmarks")
-    modules = {str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).glob("[a-z]*.py")}
+            listed.add(folders[len(entry.group(1)) - 2] + entry.group(2))
+    packages = ("data", "pipeline", "stages", "benchmarks")
+    modules = {str(path.relative_to(ROOT)) for name in packages for path in (ROOT / name).rglob("[a-z]*.py")}
     assert listed == modules
 
 
