@@ -14,7 +14,7 @@ from data.source import Batch, Source, digest, open_source
 from pipeline.vae import FrozenVae, to_images
 from stages.config import Config, heldout_path
 
-_DECODED = 16  # latents that are decoded at a time
+BATCH = 16  # latents that are decoded at a time
 
 
 def open_config_sources(config: Config) -> list[Source]:
@@ -53,9 +53,9 @@ class DecodedLatents:
         """Batches of one size are decoded, the last one filled up, so that no bit depends on which are asked for."""
         chosen = np.asarray(indices, np.int64)
         images = []
-        for start in range(0, len(chosen), _DECODED):
-            rows = chosen[start : start + _DECODED]
-            filled = np.concatenate([rows, np.repeat(rows[:1], _DECODED - len(rows))])
+        for start in range(0, len(chosen), BATCH):
+            rows = chosen[start : start + BATCH]
+            filled = np.concatenate([rows, np.repeat(rows[:1], BATCH - len(rows))])
             latents = self.cache.read_verified(filled)[:, 0, : self.cache.manifest.latent_channels]
             pixels = self.vae.decode(torch.from_numpy(latents.astype(np.float32)))
             images.append(to_images(pixels)[: len(rows)].cpu().numpy())

@@ -5,21 +5,20 @@ from __future__ import annotations
 import html
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unicodedata import normalize
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from data.cache import LatentCache
 from data.storage import publish
-from pipeline.vae import FrozenVae, to_images
+from pipeline.vae import FrozenVae
 from stages.config import Config
+from stages.datasets import BATCH, DecodedLatents
 from stages.device import pick_device
 from stages.pictures import contact_sheet, save_png
 
@@ -48,8 +47,7 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
         raise ValueError(f"{folder}: no latents there: run {'encode' if excerpt else 'sample'} first")
     latents = LatentCache(folder)
     manifest = latents.manifest
-    vae = FrozenVae(config.vae.source, pick_device())
-    vae.check(manifest.vae, folder)
+    images = DecodedLatents(latents, FrozenVae(config.vae.source, pick_device()))
     all_labels, classes = latents.named_labels()
     chosen = _first_of_each_class(all_labels, config.sample.per_class) if excerpt else np.arange(len(latents))
     out = folder / "decoded" if excerpt else folder
@@ -63,27 +61,18 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
     shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
     sheet = []
     started = time.monotonic()
-    for rows, images in _decode_batches(latents, chosen, vae, config.sample.batch_size):
-        for row, image in zip(rows, images, strict=True):
+    for start in tqdm(range(0, len(chosen), BATCH), desc="decode", unit=" batches", mininterval=1):
+        rows = np.arange(start, min(start + BATCH, len(chosen)))
+        pixels = images.load(chosen[rows].tolist()).pixels
+        for row, image in zip(rows, pixels, strict=True):
             save_png(Image.fromarray(image), out / "images" / names[row])
-        sheet.append(images[np.isin(rows, shown)])
+        sheet.append(pixels[np.isin(rows, shown)])
     rate = len(chosen) / (time.monotonic() - started)
     save_png(contact_sheet(np.concatenate(sheet), labels[shown].tolist(), classes), out / "grid.png")
     publish(out / "index.html", _page(out, manifest.data_source, labels.tolist(), names, classes).encode())
     print(f"decode: {len(chosen):,} images in {out}/images, {rate:.0f} images/s")
     print(f"decode: on one sheet: {out}/grid.png, as a page: {out}/index.html")
     return out
-
-
-def _decode_batches(
-    latents: LatentCache, chosen: NDArray[np.int64], vae: FrozenVae, batch_size: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """Places in `chosen` and their images, uint8 `B H W 3`, from the posterior's mean of the first view."""
-    channels = latents.manifest.latent_channels
-    for start in tqdm(range(0, len(chosen), batch_size), desc="decode", unit=" batches", mininterval=1):
-        rows = np.arange(start, min(start + batch_size, len(chosen)))
-        moments = torch.from_numpy(latents.read_verified(chosen[rows]))
-        yield rows, to_images(vae.decode(moments[:, 0, :channels].float())).cpu().numpy()
 
 
 def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
