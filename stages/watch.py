@@ -261,7 +261,7 @@ def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout:
     loss.plot(measured, [line["heldout_loss"] for line in heldout], **dashed, label=label)
     loss.legend(fontsize=8, loc="upper right")
     by_noise.add_artist(levels)  # a second legend would replace it
-    for line in by_noise.lines[::2]:
+    for line in by_noise.lines[::2]:  # of training
         line.set_alpha(0.5)
     styles = [Line2D([], [], color="grey", lw=1, label="training"), Line2D([], [], color="grey", **dashed, label=label)]
     by_noise.legend(handles=styles, fontsize=8, loc="upper right")

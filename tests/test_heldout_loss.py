@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pipeline.heldout
-from data.cache import LatentCache
 from data.manifest import Manifest
+from pipeline.checkpoint import newest_checkpoint
 from pipeline.heldout import DRAWS, HeldOut, drawn_images, heldout_draws
 from pipeline.noise import LEVELS, NoiseProcess, noise_level
 from pipeline.objective import Normalization
 from stages.config import Config, heldout_path, load_config
-from stages.start import open_heldout
+from stages.start import build_model, open_heldout
 from stages.train import train
 from stages.watch import draw_curves
 from tests.small_world import World, log_of, make_images, run_stage, succeed, tree
@@ -235,10 +234,7 @@ def test_a_run_logs_the_held_out_loss_at_every_preview_and_learns_the_same(
 
 
 def test_the_last_line_is_what_the_exported_average_has(world: World, caches: Path, logged: tuple[Path, str]) -> None:
-    """Computed anew, from the checkpoint, by another process' path; and whatever the seed of the run."""
-    from pipeline.checkpoint import newest_checkpoint
-    from stages.start import build_model
-
+    """Computed anew from the checkpoint, whatever the seed of the run."""
     config = config_of(world, caches)
     checkpoint, _ = newest_checkpoint(logged[0])
     assert checkpoint
@@ -360,9 +356,6 @@ def test_held_out_latents_of_another_shape_are_refused(world: World, caches: Pat
     assert f"is (8, 4, 4): delete {tmp_path / 'cache-heldout'} and run encode again\n" in result.stderr
 
 
-def test_a_finished_cache_lies_beside_that_of_training(world: World, caches: Path) -> None:
-    path = heldout_path(config_of(world, caches))
-    assert path == caches / "cache-heldout"
-    assert len(LatentCache(path)) == 12
+def test_the_held_out_cache_lies_beside_that_of_training(world: World, caches: Path) -> None:
+    assert heldout_path(config_of(world, caches)) == caches / "cache-heldout"
     assert heldout_path(load_config(world.config)) is None
-    assert json.loads((path / "manifest.json").read_text(encoding="utf-8"))["classes"]
