@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.cache import LatentCache
 from data.generated import open_generated, write_npz
 from data.manifest import MANIFEST
+from data.source import Source
 from data.storage import checked, publish_checked, read, remove
 from pipeline.checkpoint import EMA, Checkpoint
 from pipeline.evaluation.features import Images, compute_features
@@ -197,13 +198,14 @@ class Evaluation:
     def _record(self) -> dict[str, Any]:
         """What the figures of all rows depend on."""
         network, cache = self.network, self.config.cache.path
-        reference = self.sources[self.config.evaluate.reference == "heldout"]
+        reference: Source = self.sources[self.config.evaluate.reference == "heldout"]
         return {
             "run": str(self.run),
             "classes": list(self.sources[0].classes),
             "network": {"name": network.name, "sha256": network.sha256, "resize": network.resize},
             "reference": {
                 "images": reference.name,
+                "count": len(reference.keys),
                 "preprocessing": reference.preprocessing,
                 "fingerprint": reference.fingerprint(),
             },

@@ -92,12 +92,16 @@ def print_table(receipt: Mapping[str, Any]) -> None:
 
 def notes_on(receipt: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures has to know."""
-    notes = [f"{name}: {each['warning']}" for name, each in receipt["figures"].items() if each["warning"]]
-    notes += [
-        f"{name}: {each['failed']:,} images could not be read and are in no figure"
-        for name, each in receipt["figures"].items()
-        if each["failed"]
-    ]
+    notes, names = [], receipt["classes"]
+    for name, each in receipt["figures"].items():
+        if each["warning"]:
+            notes.append(f"{name}: {each['warning']}")
+        if each["failed"]:
+            notes.append(f"{name}: {each['failed']:,} images could not be read and are in no figure")
+        known = [int(label) for label in each["classes"] if int(label) >= 0]
+        if known and (missing := sorted({*range(len(names))} - {*known})):
+            first = f"such as {names[missing[0]]!r}"
+            notes.append(f"{name}: {len(missing):,} of {len(names):,} classes have no image, {first}")
     if lost := receipt["samples"].get("failed"):
         notes.append(f"samples: {lost:,} came out NaN or infinite and are in no figure")
     return notes

@@ -180,6 +180,12 @@ def test_a_set_of_one_class_has_no_accuracy(root: Path, tmp_path: Path) -> None:
     assert list(samples["classes"]) == ["-2"]
 
 
+def test_a_class_without_images_is_said(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "images" / "cat", tmp_path / "samples" / "cat")
+    said = evaluate(root, more=("--images", str(tmp_path / "samples")))
+    assert "samples: 1 of 2 classes have no image, such as 'dog & <fox>'" in said
+
+
 def test_what_cannot_be_measured_is_refused_in_one_line(root: Path) -> None:
     np.savez(root / "small.npz", np.zeros((4, 8, 8, 3), np.uint8))
     assert "8x8 pixels, and data.image_size is 16" in refused(root, more=("--images", str(root / "small.npz")))
