@@ -68,23 +68,19 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         if extend or retry_failed or not before:
             probe(part.cache.path, "cache.path")  # before models are loaded
     vae = FrozenVae(config.vae.source, pick_device())
-    for part, source, before in zip(parts, sources, finished, strict=True):
-        _encode_part(part, source, vae, job, before, extend=extend, retry_failed=retry_failed)
-    if job.number == 0 and None in finished:
+    for part, source in zip(parts, sources, strict=True):
+        _encode_part(part, source, vae, job, extend=extend, retry_failed=retry_failed)
+    if finished[0] and finished[0] != Manifest.load(config.cache.path):
+        print(
+            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
+            " run from their weights"
+        )
+    if job.number == 0 and (extend or None in finished):
         _say_copies([part.cache.path for part in parts])
 
 
-def _encode_part(
-    config: Config,
-    source: Source,
-    vae: FrozenVae,
-    job: Job,
-    before: Manifest | None,
-    *,
-    extend: bool,
-    retry_failed: bool,
-) -> None:
-    """Write one cache, of the images of `source`, which was `before`, if it was finished."""
+def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, extend: bool, retry_failed: bool) -> None:
+    """Write one cache, of the images of `source`."""
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
@@ -100,11 +96,6 @@ def _encode_part(
         if retry_failed:
             writer.redo([failure.row for failure in recorded_failures(config.cache.path)])
         encode_pending(writer, source, vae, config)
-    if before and before != Manifest.load(config.cache.path):
-        print(
-            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
-            " run from their weights"
-        )
 
 
 def _say_copies(paths: Sequence[Path]) -> None:
