@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 all: sample  ## encode, train and sample: images from nothing
 
 encode: $(READY)  ## stage one: images to a latent cache
-	$(LAUNCH) encode $(ARGS) $(FLAGS)
+	$(LAUNCH) encode $(ARGS) $(if $(filter eval,$(MAKECMDGOALS)),,$(FLAGS))
 
 verify: $(READY)  ## compare every file of the cache with its hash
 	$(BIN)/latentmill verify $(ARGS) $(FLAGS)
@@ -56,7 +56,8 @@ sample: train  ## draw from the model: PNG files, a contact sheet and a page
 decode: sample  ## what sample ends with: images from latents
 	$(BIN)/latentmill decode $(ARGS)
 
-eval: train  ## measure samples against real images, with a receipt
+# what is measured with these options is there already
+eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## samples against real images, with a receipt
 	$(BIN)/latentmill evaluate $(ARGS) $(FLAGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders

@@ -51,6 +51,14 @@ class Changed:
     def labels(self) -> NDArray[np.int64]:
         return self.source.labels[self.taken]
 
+    @property
+    def image_size(self) -> int:
+        return self.source.image_size
+
+    @property
+    def preprocessing(self) -> str:
+        return self.source.preprocessing
+
     def fingerprint(self) -> str:
         return digest([self.source.fingerprint(), self.name, str(len(self.taken))])
 

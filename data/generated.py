@@ -105,7 +105,7 @@ class GeneratedArray:
     read."""
 
     def __init__(self, path: Path, *, image_size: int, classes: Sequence[str]) -> None:
-        self.name, self.classes = printable(str(path)), tuple(classes)
+        self.name, self.classes, self.image_size = printable(str(path)), tuple(classes), image_size
         self.preprocessing = "none: never resized"
         names = _array_names(path)
         if "arr_0" not in names:

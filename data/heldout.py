@@ -19,9 +19,9 @@ class Subset:
     """Some images of a data set as one of its own (see `data.source.Source`), with the classes of the whole."""
 
     def __init__(self, whole: Source, chosen: NDArray[np.int64], name: str) -> None:
-        """`chosen` are indices into `whole`, in rising order."""
+        """`chosen` are indices into `whole`."""
         self.whole, self.chosen, self.name = whole, chosen, name
-        self.classes, self.preprocessing = whole.classes, whole.preprocessing
+        self.classes, self.preprocessing, self.image_size = whole.classes, whole.preprocessing, whole.image_size
         self.keys: Sequence[str] = [whole.keys[i] for i in chosen]
         self.stamps: Sequence[str] = [whole.stamps[i] for i in chosen]
         self.labels = whole.labels[chosen]

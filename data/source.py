@@ -48,6 +48,7 @@ class Source(Protocol):
     labels: NDArray[np.int64]
     stamps: Sequence[str]  # one an image, of the file's size and time (`stamp`); empty strings where there are no files
     size: int  # bytes of all image files; 0 where there are none
+    image_size: int  # pixels a side
     notes: Sequence[str]  # what a person should know of the listing: what was passed over, what was assumed
     preprocessing: str
 

@@ -176,6 +176,8 @@ def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, r
     """Measure samples against real images; the figures, and all that they depend on, go to runs/NAME/eval."""
     from stages.evaluate import evaluate, repeat
 
+    if receipt and (images or protocol):
+        raise ValueError("--repeat: the receipt says what is measured: leave out --images and --protocol")
     if receipt:
         repeat(receipt)
     else:

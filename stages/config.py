@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -299,10 +299,15 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _override(values, override)
     values.setdefault("name", file.stem)
+    return check_config(values, str(file))
+
+
+def check_config(values: Mapping[str, Any], where: str) -> Config:
+    """The config of these sections; ValueError names what is wrong first, `where` they are from, and the field."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{file}: {_explain(error.errors()[0])}") from None
+        raise ValueError(f"{where}: {_explain(error.errors()[0])}") from None
 
 
 def check_outputs(config: Config, run: Path) -> None:
@@ -321,6 +326,11 @@ def check_outputs(config: Config, run: Path) -> None:
 def heldout_path(config: Config) -> Path | None:
     """Where the latents of the held-out images are kept: beside the cache."""
     return config.cache.path.with_name(config.cache.path.name + "-heldout") if config.data.heldout else None
+
+
+def features_path(config: Config) -> Path:
+    """Where features of the images of the caches are kept: beside them."""
+    return config.cache.path.with_name(config.cache.path.name + "-features")
 
 
 def parts_of(config: Config) -> list[Config]:

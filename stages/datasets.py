@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from data.cache import LatentCache
-from data.heldout import open_heldout
-from data.source import Batch, Source, digest, open_source
+from data.heldout import Subset, open_heldout
+from data.manifest import MANIFEST, Manifest
+from data.rows import Rows
+from data.source import Batch, Source, counted, digest, open_source, printable
 from pipeline.vae import FrozenVae, to_images
-from stages.config import Config, heldout_path
+from stages.config import Config, heldout_path, parts_of
 
 BATCH = 16  # latents that are decoded at a time
 
@@ -30,9 +32,39 @@ def open_config_sources(config: Config) -> list[Source]:
     return list(open_heldout(settings.heldout, whole, image_size=size, matte=settings.matte, **columns))
 
 
+def cached_sources(config: Config) -> list[Source]:
+    """The images that the caches of `config` were made from, in their order and with their numbers of the classes; as
+    they are listed where there is no cache.
+
+    ValueError where they have changed since they were encoded, or are brought to pixels otherwise.
+    """
+    sources: list[Source] = []
+    for part, source in zip(parts_of(config), open_config_sources(config), strict=True):
+        path = part.cache.path
+        if (path / MANIFEST).exists():
+            manifest = Manifest.load(path)
+            for name, cached, now in (
+                ("image_size", manifest.image_size, source.image_size),
+                ("preprocessing", manifest.preprocessing, source.preprocessing),
+            ):
+                if cached != now:
+                    raise ValueError(f"{path}: its {name} is {cached}, of {source.name} it is {now}: encode again")
+            rows, change = Rows.aligned(source, path, manifest)
+            for keys, what in ((change.gone, "gone"), (change.edited, "changed"), (change.added, "new")):
+                if keys:
+                    count = f"{counted(len(keys), 'image')} {what}, such as {printable(keys[0])}"
+                    raise ValueError(f"{path}: {source.name} is not what was encoded: {count}: encode again")
+            aligned = Subset(source, rows.order, source.name)
+            aligned.labels, aligned.classes = rows.labels, rows.classes
+            source = aligned
+        sources.append(source)
+    return sources
+
+
 def source_of(config: Config, cache: Path) -> Source:
     """The images of training, or the held-out ones where `cache` is that of these."""
-    return open_config_sources(config)[int(cache == heldout_path(config))]
+    heldout = heldout_path(config)
+    return open_config_sources(config)[int(heldout is not None and cache.resolve() == heldout.resolve())]
 
 
 class DecodedLatents:
@@ -44,7 +76,8 @@ class DecodedLatents:
         vae.check(cache.manifest.vae, cache.path)
         self.cache, self.vae = cache, vae
         self.keys: Sequence[str] = cache.keys()
-        self.labels = cache.labels
+        self.labels, self.image_size = cache.labels, cache.manifest.image_size
+        self.preprocessing = "decoded from the first view's means"
 
     def fingerprint(self) -> str:
         return digest([self.cache.manifest.sha256(), "decoded"])

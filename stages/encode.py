@@ -54,7 +54,7 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
             "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
         )
     parts = parts_of(config)
-    finished = [Manifest.load(part.cache.path) if (part.cache.path / MANIFEST).exists() else None for part in parts]
+    finished = _finished(parts)
     try:
         sources = open_config_sources(config)
     except NoImagesError as error:
@@ -75,8 +75,13 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
             "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
             " run from their weights"
         )
-    if job.number == 0 and (extend or None in finished):
+    if None not in (now := _finished(parts)) and now != finished:
         _say_copies([part.cache.path for part in parts])
+
+
+def _finished(parts: Sequence[Config]) -> list[Manifest | None]:
+    paths = [part.cache.path for part in parts]
+    return [Manifest.load(path) if (path / MANIFEST).exists() else None for path in paths]
 
 
 def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, extend: bool, retry_failed: bool) -> None:
@@ -100,12 +105,13 @@ def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, ex
 
 def _say_copies(paths: Sequence[Path]) -> None:
     """Say how many held-out image files are, byte for byte, files of training, too."""
-    if len(paths) == 2 and all((path / MANIFEST).exists() for path in paths):
-        training, heldout = (LatentCache(path).digests() for path in paths)
-        known = {each for each in training if each}
-        if copies := sum(each in known for each in heldout):
-            where = f"such as row {next(row for row, each in enumerate(heldout) if each in known)} of {paths[1]}"
-            print(f"encode: {counted(copies, 'held-out image')} also trained on, byte for byte ({where})")
+    if len(paths) < 2:
+        return
+    training, heldout = (LatentCache(path).digests() for path in paths)
+    known = {each for each in training if each}
+    if copies := [row for row, each in enumerate(heldout) if each in known]:
+        where = f"such as row {copies[0]} of {paths[1]}"
+        print(f"encode: {counted(len(copies), 'held-out image')} also trained on, byte for byte ({where})")
 
 
 def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:

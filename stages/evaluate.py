@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,30 +18,31 @@ from tqdm import tqdm
 
 from data.cache import LatentCache
 from data.generated import open_generated, write_npz
-from data.manifest import MANIFEST
-from data.source import Source
-from data.storage import checked, publish_checked, read, remove
-from pipeline.checkpoint import EMA, Checkpoint
+from data.manifest import MANIFEST, Manifest
+from data.storage import checked, claim, publish_checked, read, remove
+from pipeline.checkpoint import EMA, Checkpoint, checkpoint_path, open_checkpoint
 from pipeline.evaluation.features import Images, compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
 from pipeline.noise import NoiseProcess
 from pipeline.sampling import make_scheduler
 from pipeline.vae import FrozenVae
-from stages.config import Config, heldout_path
-from stages.datasets import DecodedLatents, open_config_sources
+from stages.config import Config, check_config, features_path, heldout_path
+from stages.datasets import DecodedLatents, cached_sources
 from stages.device import pick_device, process_count
 from stages.report import print_table, save_page
+from stages.run_folder import EVAL, check_run_folder
 from stages.sample import require_checkpoint, sample, sample_folder, settle
 
 PROTOCOLS = {  # what papers call by these names: docs/evaluation.md
     "imagenet-50k": {"images": 50_000, "reference": "training"},
     "imagenet100-5k": {"images": 5_000, "reference": "heldout"},
 }
-_COMPARED = ("samples", "weights", "network", "reference", "versions", "machine", "figures")  # by --repeat
-_FOLDER = "eval"  # in a run
-_BATCH = 64  # images written to an .npz at a time
+TRAINING, HELDOUT = "training images", "held-out images"
+_COMPARED = ("samples", "weights", "images", "network", "vae", "versions", "machine", "figures")  # by --repeat
 _PACKAGES = ("torch", "diffusers", "numpy", "pillow")
+_BATCH = 64  # images written to an .npz at a time
+_SHOWN = 10  # differences
 
 
 def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: str | None = None) -> Path:
@@ -49,19 +51,27 @@ def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: 
 
     Features and figures that are there already are not computed again.
     """
+    check_run_folder(run, "--run", cache=config.cache.path)
     if protocol:
-        evaluate_section = config.evaluate.model_copy(update=PROTOCOLS[protocol])
-        config = Config.model_validate(config.model_copy(update={"evaluate": evaluate_section}).model_dump())
+        values = config.model_dump()
+        config = check_config({**values, "evaluate": {**values["evaluate"], **PROTOCOLS[protocol]}}, protocol)
     evaluation = Evaluation(config, run, images)
     receipt = evaluation.receipt()
-    file = run / _FOLDER / f"{receipt['tag']}.json"
+    file = run / EVAL / f"{receipt['tag']}.json"
+    before = _receipt_of(file)
+    if before and all(before[name] == receipt[name] for name in _COMPARED):
+        receipt["seconds"] = {
+            name: max(seconds, before["seconds"][name]) for name, seconds in receipt["seconds"].items()
+        }
     publish_checked(file, receipt)
     print_table(receipt)
     save_page(file, receipt, evaluation.rows, evaluation.training)
     print(f"evaluate: the receipt is {file}, a page with pictures {file.with_suffix('.html')}")
     if protocol == "imagenet-50k":
-        _save_npz(file.with_suffix(".npz"), evaluation.rows[0].images, size=config.data.image_size)
-        print(f"evaluate: the samples for ADM's evaluator are {file.with_suffix('.npz')}")
+        npz = file.with_suffix(".npz")
+        if not npz.exists() or not before or before["images"]["samples"] != receipt["images"]["samples"]:
+            _save_npz(npz, evaluation.rows[0].images, size=config.data.image_size)
+        print(f"evaluate: the samples for ADM's evaluator are {npz}")
     return file
 
 
@@ -78,24 +88,37 @@ def repeat(file: Path) -> None:
 
     SystemExit with status 1 where it is not. ValueError when the file is no receipt, or the run is no longer there.
     """
-    text = checked(read(file)) if file.is_file() else None
-    if text is None:
+    before = _receipt_of(file)
+    if not before:
         raise ValueError(f"--repeat: {file}: {'damaged, or no receipt' if file.is_file() else 'no such file'}")
-    before = json.loads(text)
-    path, work = before["samples"].get("path"), file.with_name(f".repeat-{file.stem}")
-    run = file.parents[1] if file.parent.name == _FOLDER else Path(before["run"])  # which may have been moved
-    try:
-        receipt = Evaluation(Config.model_validate(before["config"]), run, path, work=work).receipt()
-    finally:
+    run = file.parents[1] if file.parent.name == EVAL else Path(before["run"])  # which may have been moved
+    weights = before["config"]["evaluate"]["weights"]
+    if weights and not Path(weights).exists():  # another person has it elsewhere
+        before["config"]["evaluate"]["weights"] = None
+    config, work = check_config(before["config"], str(file)), file.with_name(f".repeat-{file.stem}")
+    with claim(file.parent / ".locks" / file.name, "repeating"):
         remove(work)
-    now = json.loads(json.dumps(receipt))
-    for name in _COMPARED:
-        for line in _differences(before.get(name), now.get(name), name):
-            print(f"evaluate: {line}")
+        try:
+            again = Evaluation(config, run, before["samples"].get("path"), work=work, weights=before.get("weights"))
+            now = json.loads(json.dumps(again.receipt()))
+        finally:
+            remove(work)
+    differing = [line for name in _COMPARED for line in _differences(before[name], now[name], name)]
+    for line in differing[:_SHOWN]:
+        print(f"evaluate: {line}")
+    if len(differing) > _SHOWN:
+        print(f"evaluate: and {len(differing) - _SHOWN:,} more values")
     if before["figures"] != now["figures"]:
         print(f"evaluate: not the same figures as in {file}")
         sys.exit(1)
     print(f"evaluate: the same figures to the last digit as in {file}")
+
+
+def _receipt_of(file: Path) -> dict[str, Any] | None:
+    """What a receipt says; None where the file is none, or has been changed."""
+    text = checked(read(file)) if file.is_file() else None
+    values = json.loads(text) if text else {}
+    return values if {"config", "run", *_COMPARED} <= values.keys() else None
 
 
 def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
@@ -113,12 +136,24 @@ class Evaluation:
     training: Row
     rows: list[Row]
 
-    def __init__(self, config: Config, run: Path, path: str | None, *, work: Path | None = None) -> None:
-        """Of the samples of `run`, or of the images at `path`; with `work`, all is computed anew in that folder."""
-        self.config, self.run, self.path, self.work = config, run, path, work
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        path: str | None,
+        *,
+        work: Path | None = None,
+        weights: dict[str, Any] | None = None,
+    ) -> None:
+        """Of samples of `run`, or of the images at `path`. With `work`, all is computed anew in that folder, and from
+        the checkpoint that `weights` of a receipt names, where it is still there."""
         self.network = open_network(config.evaluate.network, config.evaluate.weights, pick_device())
-        self.sources = open_config_sources(config)
+        measured_by = config.evaluate.model_copy(update={"network": self.network.option})
+        self.config = config.model_copy(update={"evaluate": measured_by})
+        self.run, self.path, self.work, self.weights = run, path, work, weights
+        self.sources = cached_sources(config)
         self.vae = FrozenVae(config.vae.source, self.network.device)
+        self._notes: list[str] = []
         self._seconds: dict[str, float] = {}
         against = "-against-heldout" if config.evaluate.reference == "heldout" else ""
         self._suffix = f"-{self.network.name}{against}"  # of the receipt's name
@@ -136,12 +171,12 @@ class Evaluation:
 
     def _samples(self) -> tuple[Images, dict[str, Any]]:
         """The samples of the run, and what they depend on."""
-        checkpoint = require_checkpoint(self.run)
+        checkpoint = self._checkpoint()
         settled, chosen = settle(self.config, checkpoint)
         per_class = -(-self.config.evaluate.images // len(chosen))
         drawn = settled.sample.model_copy(update={"per_class": per_class})
         self.config = self.config.model_copy(update={"sample": drawn})
-        folder = sample(self.config, self.run, to=self.work and self.work / "samples")
+        folder = sample(self.config, self.run, checkpoint=checkpoint, to=self.work and self.work / "samples")
         cache = LatentCache(folder)
         record = {
             "tag": f"{sample_folder(self.config, self.run, checkpoint).name}{self._suffix}",
@@ -155,31 +190,43 @@ class Evaluation:
         }
         return DecodedLatents(cache, self.vae), record
 
+    def _checkpoint(self) -> Checkpoint:
+        """The newest of the run, or that of a receipt. ValueError where its classes are not those of the images."""
+        path = checkpoint_path(self.run, self.weights["images_seen"]) if self.weights else None
+        checkpoint = open_checkpoint(path) if path and path.exists() else require_checkpoint(self.run)
+        classes, cache = list(self.sources[0].classes), self.config.cache.path
+        if checkpoint.state["classes"] != classes:
+            raise ValueError(f"{checkpoint.path}: its classes are not those of {cache}: give the config of this run")
+        if (cache / MANIFEST).exists() and checkpoint.state["cache"]["sha256"] != Manifest.load(cache).sha256():
+            self._notes.append(
+                f"the run was trained on another cache than {cache} is now: what is held out may have been trained on"
+            )
+        return checkpoint
+
     def _images_of_anybody(self, path: str) -> tuple[Images, dict[str, Any]]:
         data = self.config.data
         images = open_generated(path, image_size=data.image_size, classes=self.sources[0].classes, matte=data.matte)
         for note in images.notes:
             print(f"evaluate: {note}")
         fingerprint = images.fingerprint()
-        tag = f"{Path(path).stem}-{fingerprint[:8]}{self._suffix}"
-        return images, {"tag": tag, "samples": {"path": path, "fingerprint": fingerprint}}
+        name = re.sub(r"[^\w.-]+", "_", Path(path).resolve().stem)
+        return images, {"tag": f"{name}-{fingerprint[:8]}{self._suffix}", "samples": {"path": path}, "weights": None}
 
     def _compute_features(self, samples: Images) -> None:
         """The rows: samples first, then real images and reconstructions of those that are held out."""
-        beside = self.config.cache.path
-        data = self.work or beside.with_name(f"{beside.name}-features")
-        self.rows = [self._row("samples", samples, self.work or self.run / _FOLDER / "features")]
-        self.training = self._row("training images", self.sources[0], data)
+        kept = self.work or features_path(self.config)
+        self.rows = [self._row("samples", samples, self.work or self.run / EVAL / "features")]
+        self.training = self._row(TRAINING, self.sources[0], kept)
         if len(self.sources) == 1:
-            print("evaluate: no images are held out (data.heldout), so there is nothing real to compare samples with")
+            self._notes.append("no images are held out (data.heldout), so there is no floor and no figure of the VAE")
             return
-        self.rows.append(self._row("held-out images", self.sources[1], data))
+        self.rows.append(self._row(HELDOUT, self.sources[1], kept))
         heldout = heldout_path(self.config)
         if heldout and (heldout / MANIFEST).exists():
             images = DecodedLatents(LatentCache(heldout), self.vae)
-            self.rows.append(self._row("held-out images through the VAE", images, data))
+            self.rows.append(self._row(f"{HELDOUT} through the VAE", images, kept))
         else:
-            print(f"evaluate: {heldout} is not there, so there is no figure of the VAE: run encode first")
+            self._notes.append(f"{heldout} is not there, so there is no figure of the VAE: run encode first")
 
     def _row(self, name: str, images: Images, folder: Path) -> Row:
         decoded = isinstance(images, DecodedLatents) and self.network.device.type != "cpu"  # no process shares a GPU
@@ -188,35 +235,27 @@ class Evaluation:
 
     def _measure(self) -> dict[str, Any]:
         """The figures of every row. Where held-out images are the reference, those of training are a row instead."""
-        heldout = self.rows[1] if len(self.rows) > 1 else None
+        self.heldout = self.rows[1] if len(self.rows) > 1 else None
         reference = self.training
-        if heldout and self.config.evaluate.reference == "heldout":
-            reference, self.rows[1] = heldout, self.training
-        measurement = Measurement(self.network, reference=reference, training=self.training, heldout=heldout)
+        if self.heldout and self.config.evaluate.reference == "heldout":
+            reference, self.rows[1] = self.heldout, self.training
+        measurement = Measurement(self.network, reference=reference, training=self.training, heldout=self.heldout)
         return {row.name: measurement.figures(row) for row in tqdm(self.rows, desc="figures", unit=" sets")}
 
     def _record(self) -> dict[str, Any]:
         """What the figures of all rows depend on."""
-        network, cache = self.network, self.config.cache.path
-        reference: Source = self.sources[self.config.evaluate.reference == "heldout"]
+        network, cache, rows = self.network, self.config.cache.path, (*self.rows, self.training, self.heldout)
         return {
             "run": str(self.run),
+            "notes": self._notes,
             "classes": list(self.sources[0].classes),
+            "images": {row.name: _contents(row) for row in rows if row},
+            "reference": HELDOUT if self.config.evaluate.reference == "heldout" else TRAINING,
             "network": {"name": network.name, "sha256": network.sha256, "resize": network.resize},
-            "reference": {
-                "images": reference.name,
-                "count": len(reference.keys),
-                "preprocessing": reference.preprocessing,
-                "fingerprint": reference.fingerprint(),
-            },
-            "cache": json.loads(read(cache / MANIFEST))["sha256"] if (cache / MANIFEST).exists() else None,
+            "cache": Manifest.load(cache).sha256() if (cache / MANIFEST).exists() else None,
             "vae": self.vae.identity().weights_sha256,
             "versions": {name: version(name) for name in ("latentmill", *_PACKAGES)},
-            "machine": {
-                "device": str(network.device),
-                "processor": torch.backends.cpu.get_cpu_capability(),
-                "system": platform.platform(),
-            },
+            "machine": _machine(network.device),
             "seconds": self._seconds,
             "config": self.config.model_dump(mode="json"),
         }
@@ -228,6 +267,28 @@ class Evaluation:
         self._seconds[name] = round(time.monotonic() - started, 1)
 
 
+def _contents(row: Row) -> dict[str, Any]:
+    """What a set of images is: its name and reading, and a digest of pixels and labels that knows no file's time."""
+    failures = [f"{key}: {reason}" for key, reason in row.features.failures.items()]
+    return {
+        "source": getattr(row.images, "name", row.name),
+        "preprocessing": row.images.preprocessing,
+        "count": len(row.features),
+        "failed": len(failures),
+        "first_failure": failures[0] if failures else None,
+        "sha256": row.features.contents(),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
 def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
     """The noise levels of flow matching, 1 to 0, or the timesteps at which the model is asked."""
     settings = config.sample
@@ -237,16 +298,15 @@ def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which average of which weights samples are drawn from."""
     state = checkpoint.state
-    average = (
-        f"power-function average of width {state['widths'][0]:g}"
-        if state["widths"]
-        else (f"exponential average with a half-life of {state['train']['ema_halflife']:,} images")
-    )
+    halflife = f"exponential average with a half-life of {state['train']['ema_halflife']:,} images"
+    widths = state["widths"]
     return {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": checkpoint.path.name,
         "images_seen": checkpoint.images_seen,
-        "average": average,
+        "average": f"power-function average of width {widths[0]:g}" if widths else halflife,
         "sha256": state["sha256"][f"{EMA[0]}/diffusion_pytorch_model.safetensors"],
         "train_seed": state["train"]["seed"],
+        "cache": state["cache"]["sha256"],
     }

@@ -25,7 +25,7 @@ from pipeline.objective import Normalization
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
-from stages.config import Config, Sample
+from stages.config import Config, Sample, features_path
 from stages.datasets import open_config_sources
 from stages.device import process_count
 from stages.pictures import save_png, strip
@@ -88,11 +88,10 @@ class QuickScore:
         self._network = open_network(config.evaluate.network, config.evaluate.weights, device)
         source = open_config_sources(config)[-1]
         chosen = np.unique(np.linspace(0, len(source.keys) - 1, _REFERENCE).astype(np.int64))
-        beside = config.cache.path.with_name(f"{config.cache.path.name}-features")
         self._reference = compute_features(
             Subset(source, chosen, source.name),
             self._network,
-            beside,
+            features_path(config),
             workers=process_count(config.cache.workers),
             name="quick score",
         )
@@ -106,7 +105,11 @@ class QuickScore:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # classes take turns in theirs
         features = InMemory(self._network.features(torch.from_numpy(images)[order]).numpy())
         distance = kernel_distance(features, self._reference, self._similarity, self._network.device)
-        return {f"KD-{self._network.name}": distance.value, "score_interval": distance.interval}
+        return {
+            f"KD-{self._network.name}": distance.value,
+            "score_interval": distance.interval,
+            "score_reference": self._reference.contents(),
+        }
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        return self.vectors[start:stop]
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.vectors[rows]
 
 
 def draw_strip(run: Path, *, size: int, classes: int) -> None:

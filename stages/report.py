@@ -57,6 +57,8 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
             ("very_close", "closer than the closest 1 % of them"),
             ("copies", "copies of training images"),
         ):
+            if name not in first["memorisation"]:
+                continue
             lines.append([label, *(written(each.get("memorisation", {}).get(name)) for each in sets.values())])
     return lines
 
@@ -69,7 +71,7 @@ def written(figure: Any, scale: float = 1) -> str:
         return f"{figure:.2f}" if isinstance(figure, float) else f"{figure:,}"
     value = figure["value"] * scale
     if figure["interval"] is None:
-        return f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     margin = (figure["interval"][1] - figure["interval"][0]) / 2 * scale
     places = min(max(0, 1 - int(np.floor(np.log10(margin)))), 4) if margin > 0 else 2
     return f"{value:.{places}f} ±{margin:.{places}f}"
@@ -79,7 +81,7 @@ def print_table(receipt: Mapping[str, Any]) -> None:
     """The table of figures, and what has to be said of them, on the screen."""
     lines = table_of(receipt)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    print(f"evaluate: against {receipt['reference']['images']}")
+    print(f"evaluate: against {_reference(receipt)}")
     for line in lines:
         cells = [
             cell.ljust(width) if not i else cell.rjust(width)
@@ -90,14 +92,22 @@ def print_table(receipt: Mapping[str, Any]) -> None:
         print(f"evaluate: {note}")
 
 
+def _reference(receipt: Mapping[str, Any]) -> str:
+    name = receipt["reference"]
+    return f"{receipt['images'][name]['count']:,} {name} of {receipt['images'][name]['source']}"
+
+
 def notes_on(receipt: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures has to know."""
-    notes, names = [], receipt["classes"]
+    notes, names = list(receipt["notes"]), receipt["classes"]
+    for name, each in receipt["images"].items():
+        if each["failed"]:
+            notes.append(
+                f"{name}: {each['failed']:,} could not be read and are in no figure, first {each['first_failure']}"
+            )
     for name, each in receipt["figures"].items():
         if each["warning"]:
             notes.append(f"{name}: {each['warning']}")
-        if each["failed"]:
-            notes.append(f"{name}: {each['failed']:,} images could not be read and are in no figure")
         known = [int(label) for label in each["classes"] if int(label) >= 0]
         if known and (missing := sorted({*range(len(names))} - {*known})):
             first = f"such as {names[missing[0]]!r}"
@@ -110,9 +120,8 @@ def notes_on(receipt: Mapping[str, Any]) -> list[str]:
 def save_page(file: Path, receipt: Mapping[str, Any], rows: list[Row], training: Row) -> None:
     """Publish the page of the receipt `file`, and its pictures, beside it."""
     names = receipt["classes"]
-    body = [
-        f"<p>Against {html.escape(receipt['reference']['images'])}, {html.escape(receipt['network']['resize'])}</p>"
-    ]
+    said = f"Against {_reference(receipt)}, by {receipt['network']['name']} ({receipt['network']['resize']})."
+    body = [f"<p>{html.escape(said)}</p>"]
     body += [_html_table(table_of(receipt))]
     body += [f"<p>{html.escape(note)}</p>" for note in notes_on(receipt)]
     body += ["<h2>By class</h2>", _html_table(_by_class(receipt))] if len(names) > 1 else []

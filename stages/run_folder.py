@@ -13,19 +13,20 @@ from stages.watch import LOG
 # A file of its own, not a line in config.yaml, which people copy; hidden, so that it stays when they clear the folder.
 MARKER = ".latentmill-run"
 CONFIG = "config.yaml"
-_SAMPLES = "samples"  # which other stages write without a run being trained here
+EVAL = "eval"
+_OURS = ("samples", EVAL)  # which other stages write without a run being trained here
 _ADDED_TO = (LOG, "previews", AVERAGES, "wandb.json", "tensorboard")  # by a run that goes on, not by one from nothing
 
 
 def check_run_folder(run: Path, option: str, *, cache: Path | None = None) -> None:
     """ValueError, naming `option`, where the folder `run` holds files and is no run: none of them is touched.
 
-    A run has a marker or checkpoints. A folder may also hold nothing but hidden files, samples, the run's own `cache`
-    and a config.yaml that is a config of this project.
+    A run has a marker or checkpoints. A folder may also hold nothing but hidden files, samples, evaluations, the run's
+    own `cache` and a config.yaml that is a config of this project.
     """
     if not run.is_dir() or (run / MARKER).exists() or checkpoint_folders(run):
         return
-    ours = {(run / _SAMPLES).resolve()} | ({cache.resolve()} if cache else set())
+    ours = {(run / name).resolve() for name in _OURS} | ({cache.resolve()} if cache else set())
     for folder, folders, files in os.walk(run):
         folders[:] = sorted(name for name in folders if name[0] != "." and Path(folder, name).resolve() not in ours)
         for file in (Path(folder, name) for name in sorted(files) if name[0] != "."):

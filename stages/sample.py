@@ -30,10 +30,12 @@ from stages.config import Config, Sample
 from stages.device import pick_device
 
 
-def sample(config: Config, run: Path, *, to: Path | None = None) -> Path:
-    """Draw `sample.per_class` images of every class asked for; the folder with their latents, which is `to`, or one of
-    the run."""
-    checkpoint = require_checkpoint(run)
+def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None) -> Path:
+    """Draw `sample.per_class` images of every class asked for; the folder with their latents, `to` or one of the run.
+
+    They are drawn from `checkpoint`, or from the newest one of the run.
+    """
+    checkpoint = checkpoint or require_checkpoint(run)
     config, chosen = settle(config, checkpoint)
     labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
     folder = to or sample_folder(config, run, checkpoint)

@@ -31,7 +31,7 @@ _KEYS = (  # of a line of steps, of one of held-out images, and of one with a sc
         "teraflops_per_second", "data_wait", "memory_gb",
     },
     {"step", "images_seen", "heldout_loss", "heldout_loss_by_noise", "heldout_cache"},
-    {"step", "images_seen", "score_interval"},
+    {"step", "images_seen", "score_interval", "score_reference"},
 )  # fmt: skip
 
 

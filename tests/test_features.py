@@ -19,7 +19,7 @@ from pipeline.evaluation.features import FeatureSet, compute_features
 class Means:
     """A network whose three features are the mean colour of an image, of which it makes two classes."""
 
-    name, frechet = "Means", "FD-Means"
+    option, name, frechet = "effnet_lite0", "Means", "FD-Means"
     sha256 = "0" * 64
     resize = "no resize"
     dimension, has_classes = 3, True
@@ -44,6 +44,9 @@ class Pictures:
     @property
     def keys(self) -> list[str]:
         return [f"{i}.png" for i in range(len(self.colours))]
+
+    image_size = 4
+    preprocessing = "none"
 
     def fingerprint(self) -> str:
         return str(self.colours.tolist())
@@ -75,16 +78,16 @@ def test_every_row_is_the_features_the_label_and_the_index_of_one_image(tmp_path
     rows = compute(images, tmp_path)
     assert sorted(rows.indices) == list(range(50))
     assert rows.labels.tolist() == images.labels[rows.indices].tolist()
-    assert np.array_equal(rows.read(0, 50), images.colours[rows.indices].astype(np.float32))
-    assert np.array_equal(rows.read(7, 9), rows.read(0, 50)[7:9])
+    assert np.array_equal(rows.read(slice(0, 50)), images.colours[rows.indices].astype(np.float32))
+    assert np.array_equal(rows.read(slice(7, 9)), rows.read(slice(0, 50))[7:9])
     assert rows.dimension == 3
 
 
 def test_rows_do_not_depend_on_the_order_of_the_images_nor_on_processes(tmp_path: Path) -> None:
     images, order = pictures(), np.random.default_rng(1).permutation(50)
     other = Pictures(images.colours[order], images.labels[order])
-    one, two = compute(images, tmp_path / "one"), compute(other, tmp_path / "two", workers=3)
-    assert np.array_equal(one.read(0, 50), two.read(0, 50))
+    one, two = compute(images, tmp_path / "one"), compute(other, tmp_path / "two", workers=2)
+    assert np.array_equal(one.read(slice(0, 50)), two.read(slice(0, 50)))
     assert np.array_equal(one.digests, two.digests)
     assert np.array_equal(one.labels, two.labels)
     assert (tmp_path / "one").exists()
@@ -94,7 +97,7 @@ def test_rows_do_not_depend_on_the_order_of_the_images_nor_on_processes(tmp_path
 def test_the_first_rows_are_a_fair_sample(tmp_path: Path) -> None:
     shades = np.repeat(np.arange(200, dtype=np.uint8)[:, None], 3, axis=1)  # listed from dark to bright
     rows = compute(Pictures(shades, np.zeros(200, np.int64)), tmp_path)
-    assert 80 < rows.read(0, 100).mean() < 120
+    assert 80 < rows.read(slice(0, 100)).mean() < 120
 
 
 def test_what_was_computed_before_an_interruption_is_kept(tmp_path: Path) -> None:
@@ -105,13 +108,15 @@ def test_what_was_computed_before_an_interruption_is_kept(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="the power is gone"):  # the first two are not read again
         compute(pictures(dead=49), tmp_path)
     assert all(file.stat().st_mtime_ns == then for file, then in kept.items())
-    assert np.array_equal(compute(pictures(), tmp_path).read(0, 50), compute(pictures(), tmp_path / "x").read(0, 50))
+    assert np.array_equal(
+        compute(pictures(), tmp_path).read(slice(0, 50)), compute(pictures(), tmp_path / "x").read(slice(0, 50))
+    )
     assert not list(tmp_path.glob("*.parts"))
 
 
 def test_a_finished_set_is_not_computed_again(tmp_path: Path) -> None:
     rows = compute(pictures(), tmp_path)
-    assert np.array_equal(compute(pictures(dead=0), tmp_path).read(0, 50), rows.read(0, 50))
+    assert np.array_equal(compute(pictures(dead=0), tmp_path).read(slice(0, 50)), rows.read(slice(0, 50)))
 
 
 def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> None:

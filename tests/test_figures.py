@@ -46,10 +46,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        assert 0 <= start < stop <= len(self)
-        self.most = max(self.most, stop - start)
-        return self.rows[start:stop]
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        found = self.rows[rows]
+        assert len(found) > 0
+        self.most = max(self.most, len(found))
+        return found
 
 
 def fd(features: Rows, reference: Rows) -> float:
@@ -494,7 +495,7 @@ def test_selected_rows_are_features_too(sets: tuple[Rows, Rows]) -> None:
     assert len(some) == len(rows)
     assert some.dimension == 24
     np.testing.assert_array_equal(some.labels, rows)
-    np.testing.assert_array_equal(some.read(3, 9), sets[0].rows[rows[3:9]])
+    np.testing.assert_array_equal(some.read(slice(3, 9)), sets[0].rows[rows[3:9]])
 
 
 def test_the_probe_passes_over_images_whose_class_it_does_not_know() -> None:

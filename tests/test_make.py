@@ -51,3 +51,21 @@ def test_images_take_three_stages_and_settings_are_given_once(target: str) -> No
     assert [command[1] for command in commands] == ["encode", "train", "sample"]
     assert all(command[-1] == "sample.guidance=3" for command in commands)
     assert [command[1] for command in started("decode")] == ["encode", "train", "sample", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        ("", ["encode", "train", "evaluate"]),
+        ("--protocol imagenet-50k", ["encode", "train", "evaluate"]),
+        ("--images samples.npz", ["evaluate"]),
+        ("--repeat=receipt.json", ["evaluate"]),
+    ],
+)
+def test_options_of_an_evaluation_are_given_to_it_alone(flags: str, stages: list[str]) -> None:
+    commands = started("eval", "NPROC=1", f"FLAGS={flags}")
+    assert [words[1] for words in commands] == stages
+    given = flags.split()
+    assert [words[-len(given) :] == given for words in commands if given] == [False] * (len(stages) - 1) * bool(
+        given
+    ) + ([True] * bool(given))

@@ -21,12 +21,13 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.storage import checked, publish, publish_checked, remove, sha256_file, staged_folder
+from data.storage import checked, claim, publish, publish_checked, remove, sha256_file, staged_folder
 from pipeline.evaluation.networks import FeatureNetwork
 
 _READ = 64  # images that are read at a time
 PART = 1024  # images whose features are kept together while the others are computed
 _META = "meta.json"
+_VERSION = 1  # of how features are computed: raise it when a change alters them, so that none is taken from before
 
 
 class Images(Protocol):
@@ -38,8 +39,14 @@ class Images(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]: ...
 
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def preprocessing(self) -> str: ...
+
     def fingerprint(self) -> str:
-        """A digest of all that the pixels depend on."""
+        """A digest of what is read: with the size and the preprocessing, of all that the pixels depend on."""
         ...
 
     def load(self, indices: Sequence[int]) -> Any:
@@ -66,9 +73,13 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows from `start` to `stop`: `n D`. The file is mapped for this call alone, so no memory is kept."""
-        return np.array(np.load(self.folder / "features.npy", mmap_mode="r")[start:stop])
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """These rows: `n D`. The file is mapped for this call alone, so no memory is kept."""
+        return np.array(np.load(self.folder / "features.npy", mmap_mode="r")[rows])
+
+    def contents(self) -> str:
+        """A SHA-256 of the pixels and labels of all images: of nothing else, such as names and times of files."""
+        return hashlib.sha256(self.digests.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
     def copies(self) -> int:
         """How many images have the very pixels of another one before them."""
@@ -81,15 +92,27 @@ def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, w
     What an earlier call has computed is not computed again. On a CPU, `workers` processes of one thread each read
     images and run the network, so that no bit depends on their number; else they read ahead of it, and 0 reads here.
     """
-    identity = [network.name, network.sha256, network.resize, images.fingerprint()]
-    folder = folder / f"{name.replace(' ', '-')}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
-    if (folder / _META).exists():
-        return FeatureSet(folder)
+    identity = hashlib.sha256(repr(_identity(images, network)).encode() + images.labels.tobytes()).hexdigest()[:16]
+    folder = folder / f"{name.replace(' ', '-')}-{identity}"
+    with claim(folder.parent / ".locks" / folder.name, "computing features", wait=True):
+        if not (folder / _META).exists():
+            _compute_missing(images, network, folder, workers=workers, name=name)
+    return FeatureSet(folder)
+
+
+def _identity(images: Images, network: FeatureNetwork) -> tuple[Any, ...]:
+    """What the bits of features depend on. Of a CPU, it is known by the instructions that libraries choose for it."""
+    device = torch.backends.cpu.get_cpu_capability() if _on_cpu(network) else network.device.type
+    pixels = (images.fingerprint(), images.image_size, images.preprocessing)
+    return (_VERSION, network.name, network.sha256, network.resize, *pixels, device, torch.__version__)
+
+
+def _compute_missing(images: Images, network: FeatureNetwork, folder: Path, *, workers: int, name: str) -> None:
     parts = folder.with_name(folder.name + ".parts")
-    starts = range(0, len(images.keys), PART)
+    total = len(images.keys)
+    starts = range(0, total, PART)
     files = [parts / f"{start // PART:06d}.safetensors" for start in starts]
     pending = [start for start, file in zip(starts, files, strict=True) if not file.exists()]
-    total = len(images.keys)
     missing = sum(min(PART, total - start) for start in pending)
     with tqdm(total=total, initial=total - missing, unit=" images", desc=name, mininterval=1) as bar:
         for start, columns, failures in _compute(images, network, pending, workers, bar):
@@ -97,7 +120,6 @@ def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, w
             publish(files[start // PART], payload)
     _assemble(folder, files, images, network, name)
     remove(parts)
-    return FeatureSet(folder)
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,10 @@ class _Batches:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        batch = self.images.load(self.batches[number])
+        try:
+            batch = self.images.load(self.batches[number])
+        except ValueError as error:  # a worker's exception would come with its trace
+            return {"error": str(error)}
         good = np.array([i not in batch.failures for i in self.batches[number]], bool)
         pixels = batch.pixels[good]
         digests = b"".join(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels)
@@ -140,7 +165,7 @@ def _compute(
     for part in parts:
         read = []
         for _ in range(0, len(part), _READ):
-            read.append(next(loader))
+            read.append(_next_batch(loader))
             bar.update(len(read[-1]["indices"]) + len(read[-1]["failures"]))
         columns = {name: np.concatenate([each[name] for each in read]) for name in ("features", "indices", "digests")}
         if not _on_cpu(network):
@@ -151,6 +176,21 @@ def _compute(
             key = images.keys[columns["indices"][bad[0]]]
             raise ValueError(f"{key}: its features by {network.name} are NaN or infinite: the weights may be damaged")
         yield part.start, columns, failures
+
+
+def _next_batch(loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        batch = next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            "a process that computes features was killed, perhaps for want of memory: lower cache.workers; the same"
+            " command goes on"
+        ) from error
+    if "error" in batch:
+        raise ValueError(batch["error"])
+    return batch
 
 
 def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: FeatureNetwork, name: str) -> None:

@@ -32,8 +32,8 @@ class Features(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """The vectors of rows `start` to `stop`: `n D`."""
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of these rows: `n D`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Selected:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        return np.concatenate([self.features.read(int(row), int(row) + 1) for row in self.rows[start:stop]])
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.features.read(self.rows[rows])
 
 
 def check(*sets: Features) -> None:
@@ -81,7 +81,7 @@ def blocks(features: Features, device: torch.device, stop: int | None = None) ->
     """
     stop = len(features) if stop is None else min(stop, len(features))
     for start in range(0, stop, BLOCK):
-        rows = features.read(start, min(start + BLOCK, stop)).astype(np.float64)
+        rows = features.read(slice(start, min(start + BLOCK, stop))).astype(np.float64)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             row = start + int(finite.argmin())

@@ -6,13 +6,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
-from data.storage import checked, publish, publish_checked, read
+from data.storage import checked, publish, publish_checked, read, sha256_file
 from pipeline.evaluation.classes import (
     Probe,
     class_frechet_distances,
@@ -21,11 +23,14 @@ from pipeline.evaluation.classes import (
     inception_score,
 )
 from pipeline.evaluation.features import FeatureSet, Images
+from pipeline.evaluation.figures import Estimate
 from pipeline.evaluation.frechet import Gaussian, Sums, frechet, too_few
 from pipeline.evaluation.kernel import kernel_distance, mean_similarity
 from pipeline.evaluation.neighbours import closer_than_heldout, nearest, neighbour_figures
 from pipeline.evaluation.networks import FeatureNetwork
 
+_COPIES = 0.01  # share of copies among images from which their figures have no interval
+_HUNDREDTH = 100  # held-out images of which the closest hundredth is at least one
 VERSION = 1  # of the figures: raise it when a change alters them, so that none is taken from before
 
 
@@ -49,6 +54,12 @@ class Row:
     neighbours: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # rows of those of training
 
 
+def _as_written(file: Path, hashed: Path) -> bool:
+    """Whether a file is there with the SHA-256 that stands in `hashed`."""
+    text = checked(read(hashed)) if file.exists() and hashed.exists() else None
+    return text is not None and json.loads(text)["file"] == sha256_file(file)
+
+
 class Measurement:
     """Measures sets of images against `reference`; what is needed of this is computed once.
 
@@ -61,23 +72,28 @@ class Measurement:
 
     def figures(self, row: Row) -> dict[str, Any]:
         """What stands in a receipt of the images of `row`: each figure's name has that of the network in it."""
-        identity = repr((VERSION, self.device.type, self.reference.features.folder.name))
-        file = row.features.folder / f"figures-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+        file = self._file("figures", row, self.reference, self.training).with_suffix(".json")
         text = checked(read(file)) if file.exists() else None
         if text is None:
             publish_checked(file, _rounded(self._compute(row)))
             text = checked(read(file))
             assert text
         figures: dict[str, Any] = json.loads(text)
-        if self.heldout and row is not self.training:
-            figures["memorisation"] = self._memorisation(row)
+        if row is not self.training:
+            figures["memorisation"] = _rounded(self._memorisation(row))
         return figures
+
+    def _file(self, kind: str, row: Row, *others: Row) -> Path:
+        """Where something of a row is kept that depends on others, without a suffix."""
+        folders = [other.features.folder.name for other in others]
+        identity = repr((VERSION, self.device.type, torch.__version__, folders))
+        return row.features.folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
     def _compute(self, row: Row) -> dict[str, Any]:
         features, reference, network = row.features, self.reference.features, self.network
         distances = frechet(features, self._gaussian, self.device)
         near = neighbour_figures(features, reference, self.device)
-        figures = {
+        estimates: dict[str, Estimate | None] = {
             f"KD-{network.name}": kernel_distance(features, reference, self._similarity, self.device),
             network.frechet: distances.distance,
             f"{network.frechet} extrapolated": distances.extrapolated,
@@ -87,21 +103,24 @@ class Measurement:
             f"coverage-{network.name}": near.coverage,
         }
         if network.has_classes:
-            figures[f"IS-{network.name}"] = inception_score(features, network.probabilities, self.device)
-        accuracy = self._probe.accuracy(features, self.device) if self._probe and (features.labels >= 0).any() else None
-        if accuracy:
-            figures[f"accuracy-{network.name}"] = accuracy.overall
+            estimates[f"IS-{network.name}"] = inception_score(features, network.probabilities, self.device)
+        accuracy: dict[int, Estimate] = {}
+        if self._probe and row is not self.training and (features.labels >= 0).any():
+            found = self._probe.accuracy(features, self.device)
+            estimates[f"accuracy-{network.name}"], accuracy = found.overall, found.by_class
+        if features.copies() > _COPIES * len(features):  # intervals take images as independent
+            estimates = {name: each and Estimate(each.value, None) for name, each in estimates.items()}
+        smaller = min(features, reference, key=len)
         return {
             "images": len(features),
-            "failed": len(features.failures),
             "copies": features.copies(),
-            "rows_of_neighbours": near.rows,
-            "warning": too_few(len(features), features.dimension),
-            **{name: figure and asdict(figure) for name, figure in figures.items()},
-            "classes": self._by_class(row, accuracy.by_class if accuracy else {}),
+            "warning": too_few(len(smaller), smaller.dimension),
+            **{name: each and asdict(each) for name, each in estimates.items()},
+            "neighbours_of": near.rows,
+            "classes": self._by_class(row, accuracy),
         }
 
-    def _by_class(self, row: Row, accuracy: dict[int, Any]) -> dict[str, Any]:
+    def _by_class(self, row: Row, accuracy: dict[int, Estimate]) -> dict[str, Any]:
         """The figures within each class, by its index."""
         sets = row.features, self.reference.features, self.device
         kernel, distances = class_kernel_distances(*sets), class_frechet_distances(*sets)
@@ -117,22 +136,31 @@ class Measurement:
         }
 
     def _memorisation(self, row: Row) -> dict[str, Any]:
-        """How close the images are to those of training, and how close held-out ones are."""
-        assert self.heldout
-        for each in (row, self.heldout):
-            self._find_nearest(each)
+        """How close the images are to those of training and, where there are held-out ones, how close these are."""
+        self._find_nearest(row)
+        said: dict[str, Any] = {
+            "median_distance": float(np.median(row.distances)),
+            "copies": int((row.distances == 0).sum()),
+        }
+        if not self.heldout:
+            return said
+        self._find_nearest(self.heldout)
         found = closer_than_heldout(row.distances, self.heldout.distances)
-        return _rounded({"median_distance": float(np.median(row.distances)), **asdict(found)})
+        said["closer"] = asdict(found.closer)
+        if len(self.heldout.distances) >= _HUNDREDTH:
+            said["very_close"] = asdict(found.very_close)
+        return said
 
     def _find_nearest(self, row: Row) -> None:
         """Fill in distances and neighbours, which are kept, too."""
         if len(row.distances):
             return
-        identity = repr((VERSION, self.device.type, self.training.features.folder.name))
-        file = row.features.folder / f"nearest-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-        if not file.exists():
+        file = self._file("nearest", row, self.training).with_suffix(".safetensors")
+        hashed = file.with_suffix(".json")
+        if not _as_written(file, hashed):
             distances, neighbours = nearest(row.features, self.training.features, self.device)
             publish(file, safetensors.numpy.save({"distances": distances, "neighbours": neighbours}))
+            publish_checked(hashed, {"file": sha256_file(file)})
         kept = safetensors.numpy.load(read(file))
         row.distances, row.neighbours = kept["distances"], kept["neighbours"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline.evaluation.figures import (
     BLOCK,
@@ -109,7 +110,7 @@ def nearest(
     """
     check(features, reference)
     distances, rows = [], []
-    for x in blocks(features, device):
+    for x in tqdm(blocks(features, device), total=-(-len(features) // BLOCK), desc="nearest images", leave=False):
         best = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         best_row = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for j, y in enumerate(blocks(reference, device)):

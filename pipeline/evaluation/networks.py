@@ -90,7 +90,9 @@ class FeatureNetwork:
     classifier, of K classes.
     """
 
-    def __init__(self, published: _Published, model: Any, device: torch.device) -> None:
+    def __init__(self, option: str, model: Any, device: torch.device) -> None:
+        published = _PUBLISHED[option]
+        self.option = option  # what evaluate.network calls it
         self.name, self.frechet, self.sha256 = published.name, published.frechet, published.sha256
         self.dimension, self.has_classes = published.dimension, published.has_classes
         self.resize: str = model.resize
@@ -137,7 +139,7 @@ def open_network(name: str, weights: Path | None, device: torch.device) -> Featu
         raise ValueError(f"network {name}: there is no file {path}: {_way_out(name)}")
     if (found := sha256_file(path)) != published.sha256:
         raise ValueError(f"network {name}: {path} {_is_not(published, found)}: {_way_out(name)}")
-    return FeatureNetwork(published, _loaded(published, path), device)
+    return FeatureNetwork(name, _loaded(published, path), device)
 
 
 def cache_folder() -> Path:
