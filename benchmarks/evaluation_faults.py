@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from data.heldout import Subset
 from data.source import Batch, Source, digest
 from data.storage import publish_json
 from pipeline.evaluation.features import compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
 from stages.cli import LocalPath
-from stages.config import load_config
-from stages.datasets import open_config_sources
+from stages.config import features_path, load_config
+from stages.datasets import cached_sources
 from stages.device import pick_device, process_count
+from stages.evaluate import HELDOUT, TRAINING
 from stages.report import written
 
 Change = Callable[[Image.Image, int], Image.Image]
@@ -108,21 +108,21 @@ def faulty_sets(training: Source, heldout: Source, count: int) -> list[Changed]:
 @click.option("--config", "file", type=LocalPath(), default=Path("configs/cifar10.yaml"))
 @click.option("--set", "overrides", multiple=True)
 @click.option("--count", default=2000, help="Images of each set.")
-@click.option("--reference", default=10_000, help="Images of training that they are measured against.")
 @click.option("--to", type=LocalPath(), default=Path("caches/evaluation_faults"))
-def main(file: Path, overrides: tuple[str, ...], count: int, reference: int, to: Path) -> None:
+def main(file: Path, overrides: tuple[str, ...], count: int, to: Path) -> None:
     config = load_config(file, overrides)
-    training, heldout = open_config_sources(config)
+    training, heldout = cached_sources(config)
     network = open_network(config.evaluate.network, config.evaluate.weights, pick_device())
     workers = process_count(config.cache.workers)
-    chosen = np.unique(np.linspace(0, len(training.keys) - 1, reference).astype(np.int64))
 
-    def row(name: str, images: Subset | Changed | Source) -> Row:
-        return Row(name, images, compute_features(images, network, to, workers=workers, name=name))
+    def row(name: str, images: Changed | Source, folder: Path) -> Row:
+        return Row(name, images, compute_features(images, network, folder, workers=workers, name=name))
 
-    real = row("reference", Subset(training, chosen, "reference"))
-    measurement = Measurement(network, reference=real, training=real, heldout=row("held-out images", heldout))
-    figures = {each.name: measurement.figures(row(each.name, each)) for each in faulty_sets(training, heldout, count)}
+    real, unseen = row(TRAINING, training, features_path(config)), row(HELDOUT, heldout, features_path(config))
+    measurement = Measurement(network, reference=real, training=real, heldout=unseen)
+    figures = {}
+    for faulty in faulty_sets(training, heldout, count):
+        figures[faulty.name] = measurement.figures(row(faulty.name, faulty, to))
     names = [name for name, figure in figures["no fault"].items() if isinstance(figure, dict) and "value" in figure]
     print("| | " + " | ".join(f"{name} x1000" if name.startswith("KD-") else name for name in names) + " | copies |")
     print("|---" * (len(names) + 2) + "|")
