@@ -155,14 +155,15 @@ def _first_here() -> str:
 
 def _network_of(weights: Path) -> str:
     """The network that a file is of; ValueError where it is of none."""
+    free = "left empty, network effnet_lite0 works without a download"
     if not weights.is_file():
-        raise ValueError(f"evaluate.weights: there is no file {weights}")
+        raise ValueError(f"evaluate.weights: there is no file {weights}; {free}")
     found = sha256_file(weights)
     for name, published in _PUBLISHED.items():
         if found == published.sha256:
             return name
-    files = ", ".join(published.file for published in _PUBLISHED.values())
-    raise ValueError(f"evaluate.weights: {weights} is none of {files}: its SHA-256 is {found[:12]}...")
+    files = ", ".join(f"{published.file} of {published.url}" for published in _PUBLISHED.values())
+    raise ValueError(f"evaluate.weights: {weights}, of SHA-256 {found[:12]}..., is none of {files}; {free}")
 
 
 def _own_file(name: str) -> Path:
@@ -212,7 +213,7 @@ def _told_as_download(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).strip("<>").split()) or type(error).__name__
         raise ValueError(f"network {name}: the download failed: {reason}: {_way_out(name)}") from error
 
 
