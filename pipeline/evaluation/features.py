@@ -144,7 +144,7 @@ class _Batches:
         return {
             "features": self.network.features(torch.from_numpy(pixels)).numpy() if _on_cpu(self.network) else pixels,
             "indices": np.asarray(batch.indices)[good],
-            "digests": np.frombuffer(digests, np.uint8).reshape(-1, 16),
+            "digests": np.frombuffer(digests, np.uint8).reshape(-1, 16).copy(),
             "failures": {self.images.keys[i]: reason for i, reason in batch.failures.items()},
         }
 
