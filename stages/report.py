@@ -42,14 +42,15 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
     """A line of figures each, with a column a set of images; the first line names the sets."""
     sets = receipt["figures"]
     first = next(iter(sets.values()))
+    found = [name for each in sets.values() for name, figure in each.items() if "value" in _fields(figure)]
+    names = [name for name in {**first, **dict.fromkeys(found)} if name in found]
     lines = [["", *sets]]
     lines.append(["images", *(f"{each['images']:,}" for each in sets.values())])
     if any(each["copies"] for each in sets.values()):
         lines.append(["of them copies of another", *(f"{each['copies']:,}" for each in sets.values())])
-    for name, figure in first.items():
-        if isinstance(figure, dict) and "value" in figure:
-            scale, label = (1000, f"{name} x1000") if name.startswith("KD-") else (1, name)
-            lines.append([label, *(written(each.get(name), scale) for each in sets.values())])
+    for name in names:
+        scale, label = (1000, f"{name} x1000") if name.startswith("KD-") else (1, name)
+        lines.append([label, *(written(each.get(name), scale) for each in sets.values())])
     if "memorisation" in first:
         for name, label in (
             ("median_distance", "median distance to training"),
@@ -61,6 +62,10 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
                 continue
             lines.append([label, *(written(each.get("memorisation", {}).get(name)) for each in sets.values())])
     return lines
+
+
+def _fields(figure: Any) -> dict[str, Any]:
+    return figure if isinstance(figure, dict) else {}
 
 
 def written(figure: Any, scale: float = 1) -> str:
