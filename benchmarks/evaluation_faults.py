@@ -124,11 +124,14 @@ def main(file: Path, overrides: tuple[str, ...], count: int, to: Path) -> None:
     for faulty in faulty_sets(training, heldout, count):
         figures[faulty.name] = measurement.figures(row(faulty.name, faulty, to))
     names = [name for name, figure in figures["no fault"].items() if isinstance(figure, dict) and "value" in figure]
-    print("| | " + " | ".join(f"{name} x1000" if name.startswith("KD-") else name for name in names) + " | copies |")
-    print("|---" * (len(names) + 2) + "|")
+    heads = [f"{name} x1000" if name.startswith("KD-") else name for name in names]
+    print("| | " + " | ".join([*heads, "copies of each other", "closer to training", "copies of training"]) + " |")
+    print("|---" * (len(names) + 4) + "|")
     for name, each in figures.items():
         cells = [written(each[figure], 1000 if figure.startswith("KD-") else 1) for figure in names]
-        print(f"| {name} | " + " | ".join(cells) + f" | {each['copies']:,} |")
+        near = each["memorisation"]
+        cells += [f"{each['copies']:,}", written(near["closer"]), f"{near['copies']:,}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     publish_json(to / "faults.json", figures)
 
 
