@@ -201,7 +201,9 @@ def test_every_key_of_a_path_or_name_keeps_what_was_written() -> None:
     sections = [field.annotation for field in Config.model_fields.values() if field.annotation is not str]
     fields = [pair for each in (*sections, Config) for pair in each.model_fields.items()]  # type: ignore[union-attr]
     assert {
-        name for name, field in fields if field.annotation in (str, str | None) or "Path" in str(field.annotation)
+        name
+        for name, field in fields
+        if field.annotation in (str, str | None, float | str | None) or "Path" in str(field.annotation)
     } == {*_TEXTS}
 
 
@@ -293,3 +295,10 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, schedule: str, predic
         return
     with pytest.raises(ValueError, match=rf"small\.yaml: .*{schedule}[^\n]*\Z"):
         load(tmp_path, "", *overrides)
+
+
+def test_held_out_images_are_a_share_or_a_place_as_written(tmp_path: Path) -> None:
+    for text, value in (("0.1", 0.1), ("'0.1'", 0.1), ("1e-2", 0.01), ("val", "val"), ("./0.1", "./0.1"), ("~", None)):
+        config = load(tmp_path, f"data: {{heldout: {text}}}\n")
+        assert config.data.heldout == value
+        assert load(tmp_path, dump_config(config)) == config

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import stages.device
+import stages.datasets
 import stages.encode
 from data.cache import FAILURES, LatentCache
 from data.manifest import Manifest
@@ -239,7 +240,7 @@ def test_too_many_failures_stop_the_encode_and_a_retry_ends_as_if_nothing_had_be
 def test_failed_images_are_read_again_and_only_they(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed for a while, such as a network drive, and not because of the file."""
     encode(config, to="whole")
-    read = stages.encode.open_source
+    read = stages.datasets.open_source
 
     def flaky(*arguments: Any, **options: Any) -> Any:
         source = read(*arguments, **options)
@@ -254,7 +255,7 @@ def test_failed_images_are_read_again_and_only_they(config: Path, monkeypatch: p
         return source
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.encode, "open_source", flaky)
+        patch.setattr(stages.datasets, "open_source", flaky)
         assert "37 committed + 3 failed" in encode(config)
         assert "3 of 40 images" in encode(config, more=["--retry-failed"])  # and fail again
     assert LatentCache(config.parent / "cache").manifest.failed == 3

@@ -115,7 +115,7 @@ def test_a_checkpoint_records_the_whole_recipe(world: World) -> None:
     recorded = state_of(world.run, 48)["train"]
     settings = load_config(world.config).train.model_dump(mode="json")
     left_out = settings.keys() - recorded.keys()
-    assert left_out == {"tracker", "keep", "keep_every", "preview_every", "precision"}
+    assert left_out == {"tracker", "keep", "keep_every", "preview_every", "eval_every", "precision"}
     assert recorded == {name: value for name, value in settings.items() if name not in left_out} | {
         "access": "resident"
     }
