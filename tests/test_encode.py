@@ -21,8 +21,8 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import stages.device
 import stages.datasets
+import stages.device
 import stages.encode
 from data.cache import FAILURES, LatentCache
 from data.manifest import Manifest
