@@ -25,8 +25,7 @@ h1 {{ font-size: 1.4rem; margin-bottom: 0; overflow-wrap: anywhere }} h2 {{ font
 p {{ color: #555; margin: .2rem 0; max-width: 75ch }} img {{ max-width: 100% }} .scroll {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; background: white }}
 th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
-th:first-child {{ text-align: left; font-weight: normal }} thead th {{ font-weight: 600 }} td small {{ color: #777 }}
-pre {{ background: white; border: 1px solid #ddd; padding: .6rem; overflow-x: auto; font-size: .85rem }}
+th:first-child {{ text-align: left; font-weight: normal }} thead th {{ font-weight: 600 }}
 </style></head><body>
 <h1>{title}</h1>
 {body}

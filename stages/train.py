@@ -41,7 +41,7 @@ from pipeline.vae import FrozenVae
 from stages.config import Config
 from stages.launch import Preemption, computer, connect, describe, in_background
 from stages.pictures import contact_sheet, save_png
-from stages.preview import PER_CLASS, PREVIEWED, QuickScore, averaged_model, draw_images, draw_strip
+from stages.preview import PER_CLASS, PREVIEWED, averaged_model, draw_images, draw_strip
 from stages.run_folder import begin_run_folder, check_run_folder
 from stages.start import (
     as_json,
@@ -117,8 +117,11 @@ class Trainer:
             self.vae = FrozenVae(config.vae.source, self.device)
             self.vae.check(self.manifest.vae, config.cache.path)
             self.heldout = open_heldout(config, self.manifest, self.noise)
-            kinds = np.flatnonzero(self.class_counts)
-            self.score = QuickScore(config, kinds, self.device) if config.train.eval_every else None
+            self.score = None
+            if config.train.eval_every:
+                from stages.quick_score import QuickScore  # which nobody else has to wait for
+
+                self.score = QuickScore(config, np.flatnonzero(self.class_counts), self.device)
         self.normalization = normalization_of(config, self.manifest, checkpoint)
         self.loader = open_loader(config, cache, accelerator, checkpoint)
         model = build_model(config, self.manifest)

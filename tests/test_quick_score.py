@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import stages.preview
+import stages.quick_score
 import stages.train
 import stages.watch
 from tests.small_world import World, succeed, weights_of
@@ -20,8 +20,8 @@ from tests.test_features import Means
 
 @pytest.fixture(autouse=True)
 def _quick_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.preview, "open_network", lambda name, weights, device: Means())
-    monkeypatch.setattr(stages.preview, "SCORED", 40)
+    monkeypatch.setattr(stages.quick_score, "open_network", lambda name, weights, device: Means())
+    monkeypatch.setattr(stages.quick_score, "SCORED", 40)
 
 
 def lines_of(run: Path, name: str = "KD-Means") -> list[dict[str, Any]]:
