@@ -99,7 +99,7 @@ def _busy(count: int) -> Iterator[None]:
 
 
 def _encode(checkout: Path, work: Path, images: int, overrides: tuple[str, ...]) -> float:
-    subprocess.run(["rm", "-r", "-f", str(work / "cache")], check=True)
+    subprocess.run(["rm", "-r", "-f", str(work / "cache"), str(work / "cache-heldout")], check=True)
     started = time.perf_counter()
     _stage(checkout, "encode", work, overrides)
     return images / (time.perf_counter() - started)

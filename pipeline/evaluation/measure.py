@@ -121,7 +121,7 @@ class Measurement:
         }
 
     def _by_class(self, row: Row, accuracy: dict[int, Estimate]) -> dict[str, Any]:
-        """The figures within each class, by its index."""
+        """The figures within each class, by its label."""
         sets = row.features, self.reference.features, self.device
         kernel, distances = class_kernel_distances(*sets), class_frechet_distances(*sets)
         labels, counts = np.unique(row.features.labels, return_counts=True)
