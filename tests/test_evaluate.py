@@ -217,14 +217,23 @@ def test_a_sample_that_cannot_be_read_is_named_in_one_line(root: Path) -> None:
     assert "Traceback" not in error
 
 
+def intervals_of(figures: dict[str, Any]) -> list[Any]:
+    """All of them, those within classes too."""
+    inner = [intervals_of(value) for value in figures.values() if isinstance(value, dict)]
+    return [figures[name] for name in ("interval",) if name in figures] + [each for part in inner for each in part]
+
+
 def test_copies_have_no_interval(root: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     for name, array in (("once", images), ("twice", np.concatenate([images, images[:3]]))):
-        np.savez(root / f"{name}.npz", array)
+        np.savez(root / f"{name}.npz", array, np.arange(len(array)) % 2)
         evaluate(root, more=("--images", str(root / f"{name}.npz")))
         samples = receipt_of(root, f"{name}-*")["figures"]["samples"]
         assert (samples["KD-Means"]["interval"] is None) == (name == "twice")
     assert samples["copies"] == 3
+    found = intervals_of(samples)
+    assert len(found) > 8
+    assert set(found) == {None}
 
 
 def test_without_held_out_images_samples_stand_alone(root: Path) -> None:

@@ -43,6 +43,14 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
+def _without_intervals(figures: dict[str, Any]) -> dict[str, Any]:
+    """The same figures, and those within classes, with None for each interval."""
+    return {
+        name: None if name == "interval" else _without_intervals(value) if isinstance(value, dict) else value
+        for name, value in figures.items()
+    }
+
+
 @dataclass
 class Row:
     """A set of images with its features and, once it is measured, its distances to the images of training."""
@@ -81,7 +89,8 @@ class Measurement:
         figures: dict[str, Any] = json.loads(text)
         if row is not self.training:
             figures["memorisation"] = _rounded(self._memorisation(row))
-        return figures
+        few_copies = figures["copies"] <= _COPIES * figures["images"]
+        return figures if few_copies else _without_intervals(figures)  # which take images as independent
 
     def _file(self, kind: str, row: Row, *others: Row) -> Path:
         """Where something of a row is kept that depends on others, without a suffix."""
@@ -108,8 +117,6 @@ class Measurement:
         if self._probe and row is not self.training and (features.labels >= 0).any():
             found = self._probe.accuracy(features, self.device)
             estimates[f"accuracy-{network.name}"], accuracy = found.overall, found.by_class
-        if features.copies() > _COPIES * len(features):  # intervals take images as independent
-            estimates = {name: each and Estimate(each.value, None) for name, each in estimates.items()}
         smaller = min(features, reference, key=len)
         return {
             "images": len(features),
