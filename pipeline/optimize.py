@@ -8,30 +8,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from pipeline.muon import Muon
 
 STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each keeps of a parameter
 _UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
+_ENDS = ("conv_in", "conv_out")  # between latents and features: of few channels, which Muon would all move alike
 
 
 def make_optimizers(
     module: nn.Module, *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> list[Optimizer]:
-    """AdamW for all parameters; with `kind` muon, Muon for the matrices of linear layers and AdamW for the rest.
+    """AdamW for all parameters; with `kind` muon, Muon for matrices and kernels and AdamW for the rest.
 
-    Weights of linear layers and kernels decay; biases, norms, positions and class embeddings do not. Muon (Jordan 2024)
-    moves a matrix along its orthogonalised momentum, scaled to the size of AdamW's steps so that one learning rate
-    serves both (Liu et al. 2025, "Muon is scalable for LLM training", equation 4).
+    Weights of linear layers and kernels decay; biases, norms, positions and class embeddings do not. The first and the
+    last convolution are AdamW's in both cases, as Jordan 2024 advises.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = {n: p for n, p in named if p.ndim >= 2 and not any(part in _UNDECAYED for part in n.split("."))}
-    matrices = [p for p in decayed.values() if p.ndim == 2] if kind == "muon" else []
-    others = [p for p in decayed.values() if p.ndim > 2 or kind != "muon"]
+    inner = {n: p for n, p in decayed.items() if kind == "muon" and not any(part in _ENDS for part in n.split("."))}
+    others = [p for n, p in decayed.items() if n not in inner]
     rest = [p for n, p in named if n not in decayed]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizers: list[Optimizer] = [AdamW(groups, lr=lr, betas=betas, fused=True)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if inner:
+        optimizers.append(Muon(inner.values(), lr=lr, weight_decay=weight_decay))
     return optimizers
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.cost import Cost, fitting_rows, peak_flops
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight, reconstruction, weighted_sum
+from pipeline.muon import Muon
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Draws, Normalization, Objective, coordinate_seed, draw_latents
 from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers
@@ -213,13 +214,13 @@ def test_every_weight_decays_but_biases_norms_positions_and_embeddings(kind: str
         assert decays[name] == (0.5 if parameter.ndim >= 2 and not table else 0.0), name
 
 
-def test_muon_moves_the_matrices_of_linear_layers_and_adamw_the_rest() -> None:
+def test_muon_moves_matrices_and_kernels_and_adamw_the_rest() -> None:
     objective = Objective(build(), FLOW)
     kinds = {name: kind for name, (kind, _) in groups_of(objective, "muon").items()}
-    assert set(kinds.values()) == {torch.optim.Muon, torch.optim.AdamW}
+    assert set(kinds.values()) == {Muon, torch.optim.AdamW}
     for name, parameter in objective.named_parameters():
-        matrix = parameter.ndim == 2 and "classes" not in name
-        assert kinds[name] is (torch.optim.Muon if matrix else torch.optim.AdamW), name
+        inner = parameter.ndim >= 2 and not any(word in name for word in ("classes", "positions", "conv_in", "conv_out"))
+        assert kinds[name] is (Muon if inner else torch.optim.AdamW), name
 
 
 def test_the_fused_step_moves_weights_in_channels_last_as_a_plain_one_does() -> None:

@@ -1,0 +1,80 @@
+"""Muon for matrices and kernels: momentum whose singular values are all brought near one (Jordan 2024,
+https://kellerjordan.github.io/posts/muon/)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial, by Jordan 2024: steep at 0, within 0.7..1.2 near 1
+_ITERATIONS = 5
+_SMALL = 1e-7
+
+
+class Muon(Optimizer):
+    """Moves each parameter along its orthogonalised Nesterov momentum, with decoupled weight decay.
+
+    torch's own takes matrices alone, and computes in bfloat16, which many CPUs have no instructions for. Here a kernel
+    `O I h w` is the matrix `O Ihw`, and parameters of one shape are orthogonalised together. The root mean square of a
+    step is 0.2 `lr`, about that of AdamW, so that one learning rate serves both (Liu et al. 2025, "Muon is scalable for
+    LLM training", equation 4).
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        assert all(p.ndim >= 2 for group in self.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            alike: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape[0], parameter[0].numel()].append(parameter)
+            for parameters in alike.values():
+                self._move(parameters, group["lr"], group["momentum"], group["weight_decay"])
+
+    def _move(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)
+        steps = orthogonalize(torch.stack([each.flatten(1) for each in ahead]))
+        size = 0.2 * max(steps.shape[1:]) ** 0.5
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.add_(step.view(parameter.shape), alpha=-lr * size)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """float32 `N R C` -> the same singular vectors with all singular values near one (0.7 to 1.2), zeros as they are.
+
+    Each Newton-Schulz iteration X <- a X + b (X X') X + c (X X')^2 X is a symmetric matrix times X, made of powers of
+    X X' alone. So those matrices are multiplied first, on the shorter side, and X once at the end (Dao et al. 2026,
+    https://dao-lab.ai/blog/2026/gram-newton-schulz, which float32 makes stable).
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _SMALL)
+    a, b, c = _COEFFICIENTS
+    gram, product = x @ x.mT, None
+    for iteration in range(_ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if iteration < _ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    assert product is not None
+    return (product @ x).mT if tall else product @ x
