@@ -28,6 +28,28 @@ def kernel_distance(
     Over all pairs of the first LIMIT rows of each set, where KID takes the mean over random subsets of 1,000 or less.
     Of the reference, what does not depend on the features is given: its `mean_similarity`.
     """
+    value, without = _distances(features, reference, reference_similarity, device)
+    return jackknife(value, without) if without else Estimate(value, None)
+
+
+def kernel_difference(
+    one: Features, other: Features, reference: Features, reference_similarity: float, device: torch.device
+) -> Estimate:
+    """The kernel distance of `one` less that of `other`, whose rows belong together: row i of both has the same draws.
+
+    The interval leaves out the same rows of both, so that what the draws have in common cancels.
+    """
+    assert len(one) == len(other)
+    value, without = _distances(one, reference, reference_similarity, device)
+    value_2, without_2 = _distances(other, reference, reference_similarity, device)
+    differences = [a - b for a, b in zip(without, without_2, strict=True)]
+    return jackknife(value - value_2, differences) if differences else Estimate(value - value_2, None)
+
+
+def _distances(
+    features: Features, reference: Features, reference_similarity: float, device: torch.device
+) -> tuple[float, list[float]]:
+    """The distance of all rows, and those without each group of the jackknife; none where there are too few rows."""
     check(features, reference)
     within, across = _within(features, device), _across(features, reference, device)
     count, others = min(len(features), LIMIT), min(len(reference), LIMIT)
@@ -37,10 +59,10 @@ def kernel_distance(
 
     value = distance(count, within.sum(), across.sum())
     if not has_groups(count):
-        return Estimate(value, None)
+        return value, []
     own = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
     cross = across.sum() - across
-    return jackknife(value, [distance(count - size, own[g], cross[g]) for g, size in enumerate(group_sizes(count))])
+    return value, [distance(count - size, own[g], cross[g]) for g, size in enumerate(group_sizes(count))]
 
 
 def mean_similarity(features: Features, device: torch.device) -> float:

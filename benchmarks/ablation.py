@@ -1,0 +1,203 @@
+"""Is a change of the recipe an improvement? Two configs on one cache: equal training time, the same draws, n seeds.
+
+    python -m benchmarks.ablation --config configs/solids.yaml --a train.optimizer=adamw --b train.optimizer=muon \
+        --minutes 4 --minutes 10 --seeds 2 --to runs/ablation/muon
+
+First both train a few steps in turn, which gives their images/s on this machine. Then each trains for every budget from
+nothing, for as many images as it can see in that time and with its learning rate planned for them, and its samples are
+measured as `latentmill evaluate` does. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
+already is not done again: an interrupted ablation goes on. It needs a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from data.storage import publish_json
+from pipeline.evaluation.figures import Selected
+from pipeline.evaluation.kernel import kernel_difference, mean_similarity
+from pipeline.evaluation.measure import Row
+from stages.cli import LocalPath
+from stages.config import Config, load_config
+from stages.encode import encode, parse_job
+from stages.evaluate import Evaluation
+from stages.launch import connect
+from stages.train import Trainer, train
+
+ROUNDS, STEPS = 8, 10  # of which the median is a variant's images/s; the first round is a warm-up
+NAMES = ("a", "b")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run of one variant, measured."""
+
+    variant: str
+    minutes: float
+    seed: int
+    images: int
+    figures: dict[str, Any]
+    heldout_loss: float | None
+    evaluation: Evaluation
+
+    @property
+    def samples(self) -> Row:
+        return self.evaluation.rows[0]
+
+
+@click.command()
+@click.option("--config", "file", type=LocalPath(), default=Path("configs/solids.yaml"))
+@click.option("--set", "common", multiple=True, help="Override a key of both configs: key=value.")
+@click.option("--a", "first", default="", help="Overrides of the first config, with spaces between them.")
+@click.option("--b", "second", default="", help="Overrides of the second.")
+@click.option("--minutes", multiple=True, type=float, default=(4.0,), show_default=True, help="A training time.")
+@click.option("--seeds", default=1, show_default=True, help="Trainings of each, of seeds 0, 1, ...")
+@click.option("--images", default=500, show_default=True, help="Samples that are measured of each training.")
+@click.option("--to", type=LocalPath(), default=Path("runs/ablation"), show_default=True)
+def main(
+    file: Path,
+    common: tuple[str, ...],
+    first: str,
+    second: str,
+    minutes: tuple[float, ...],
+    seeds: int,
+    images: int,
+    to: Path,
+) -> None:
+    fixed = [*common, f"evaluate.images={images}"]
+    configs = {
+        name: load_config(file, [*fixed, *own.split()]) for name, own in zip(NAMES, (first, second), strict=True)
+    }
+    encode(configs["a"], parse_job(None))
+    rates = measure_rates(configs)
+    runs = [
+        trained(configs[name], name, rates[name], budget, seed, to)
+        for budget in sorted(minutes)
+        for seed in range(seeds)
+        for name in NAMES
+    ]
+    differences = [difference(runs, budget, seed) for budget in sorted(minutes) for seed in range(seeds)]
+    result = {
+        "config": str(file),
+        "common": list(common),
+        "a": first,
+        "b": second,
+        "images_per_second": rates,
+        "samples": images,
+        "runs": [
+            {"variant": r.variant, "minutes": r.minutes, "seed": r.seed, "images": r.images}
+            | {"heldout_loss": r.heldout_loss, **{n: e for n, e in r.figures.items() if isinstance(e, dict)}}
+            for r in runs
+        ],
+        "differences": differences,
+    }
+    publish_json(to / "ablation.json", result)
+    print_table(runs, differences)
+    draw(runs, to / "ablation.png")
+
+
+def measure_rates(configs: dict[str, Config]) -> dict[str, float]:
+    """Images/s of both: medians over rounds in which they take turns, since the machine's speed drifts."""
+    accelerator = connect(configs["a"].train.precision)
+    rates: dict[str, list[float]] = {name: [] for name in configs}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {name: Trainer(config, Path(folder) / name, accelerator, None) for name, config in configs.items()}
+        for number in range(ROUNDS + 1):
+            for name, trainer in trainers.items():
+                started = time.perf_counter()
+                for _ in range(STEPS):
+                    trainer._update()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if number:
+                    rates[name].append(STEPS * trainer.batch_size / (time.perf_counter() - started))
+    return {name: statistics.median(each) for name, each in rates.items()}
+
+
+def trained(config: Config, name: str, rate: float, minutes: float, seed: int, to: Path) -> Trained:
+    """Train `name` for `minutes` and measure it, or read what was measured."""
+    batch = config.train.batch_size
+    assert batch != "auto"
+    run = to / f"{name}-{minutes:g}min-seed{seed}"
+    if (run / "config.yaml").exists():
+        images = load_config(run / "config.yaml").train.images  # by the rate of then
+    else:
+        images = max(int(rate * minutes * 60 / batch), 1) * batch
+    settings = {"images": images, "seed": seed, "preview_every": images, "checkpoint_every": images}
+    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    train(config, run)
+    evaluation = Evaluation(config, run, None)
+    figures = evaluation.receipt()["figures"]["samples"]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
+    return Trained(name, minutes, seed, images, figures, losses[-1] if losses else None, evaluation)
+
+
+def difference(runs: list[Trained], minutes: float, seed: int) -> dict[str, Any]:
+    """What b has less than a at this time and seed: the kernel distance, sample by sample of the same draws."""
+    a, b = (r for r in runs if (r.minutes, r.seed) == (minutes, seed))
+    reference = a.evaluation.training.features
+    similarity = mean_similarity(reference, a.evaluation.network.device)
+    # features lie in the order of their pixels; here in that of their index, which the draws depend on
+    one, other = (Selected(r.samples.features, np.argsort(r.samples.features.indices)) for r in (b, a))
+    estimate = kernel_difference(one, other, reference, similarity, a.evaluation.network.device)
+    loss = b.heldout_loss - a.heldout_loss if a.heldout_loss and b.heldout_loss else None
+    return {"minutes": minutes, "seed": seed, "heldout_loss": loss, **asdict(estimate)}
+
+
+def print_table(runs: list[Trained], differences: list[dict[str, Any]]) -> None:
+    """Every training, and below it what b has less than a."""
+    for r in runs:
+        shown = (f"{name.rsplit('-', 1)[0]} {_shown(name, r.figures[name])}" for name in _figures(r))
+        loss = f"held-out loss {r.heldout_loss:.4f}" if r.heldout_loss else ""
+        print(f"{r.minutes:g} min  seed {r.seed}  {r.variant}  {r.images:,} images  {'  '.join(shown)}  {loss}")
+    for each in differences:
+        low, high = (1000 * bound for bound in each["interval"])
+        value = f"{1000 * each['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+        print(f"{each['minutes']:g} min  seed {each['seed']}  b - a  KD x 1000 {value}")
+
+
+def draw(runs: list[Trained], file: Path) -> None:
+    """Kernel distance against training time, with intervals: a line a variant through the mean of its seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name in NAMES:
+        mine = [r for r in runs if r.variant == name]
+        kd = [1000 * np.array([e["value"], *e["interval"]]) for e in (r.figures[_figures(r)[0]] for r in mine)]
+        values, low, high = np.array(kd).T
+        minutes = np.array([r.minutes for r in mine])
+        axis.errorbar(minutes, values, [values - low, high - values], fmt="o", capsize=3, color=f"C{name == 'b':d}")
+        times = sorted({*minutes})
+        axis.plot(times, [values[minutes == t].mean() for t in times], color=f"C{name == 'b':d}", label=name)
+    axis.set(xlabel="minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
+    axis.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def _figures(run: Trained) -> list[str]:
+    """The names of the kernel distance and of the probe's accuracy, which has none where there are no classes."""
+    network = run.evaluation.network.name
+    return [name for name in (f"KD-{network}", f"accuracy-{network}") if name in run.figures]
+
+
+def _shown(name: str, estimate: dict[str, Any]) -> str:
+    scale, digits = (1000, 1) if name.startswith("KD") else (1, 3)
+    low, high = (f"{scale * bound:.{digits}f}" for bound in estimate["interval"])
+    return f"{scale * estimate['value']:.{digits}f} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()
