@@ -107,8 +107,8 @@ def main(
 
 
 def measure_rates(configs: dict[str, Config]) -> dict[str, float]:
-    """Images/s of both: medians over rounds in which they take turns, since the machine's speed drifts."""
-    accelerator = connect(configs["a"].train.precision)
+    """Images/s of each config: medians over rounds in which they take turns, since the machine's speed drifts."""
+    accelerator = connect(next(iter(configs.values())).train.precision)
     rates: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: Trainer(config, Path(folder) / name, accelerator, None) for name, config in configs.items()}

@@ -17,7 +17,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import random
 import statistics
 import subprocess
@@ -38,8 +37,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peers import matching_unet, step_flops
 from data.cache import LatentCache
 from data.loader import LatentBatch, LatentLoader
 from data.manifest import Manifest
@@ -64,27 +63,27 @@ RECIPE, ONLINE = "diffusers' recipe", "VAE in the loop"
 @click.option("--rounds", default=20, show_default=True)
 @click.option("--steps", default=16, show_default=True, help="Of each way in a round.")
 @click.option("--way", hidden=True, help="Be the process of this way.")
-@click.option("--peer", hidden=True, help="Widths and blocks of UNet2DModel, as JSON.")
+@click.option("--peer", hidden=True, help="The config of UNet2DModel, as JSON.")
 def main(
     file: Path, overrides: tuple[str, ...], images: str | None, rounds: int, steps: int, way: str, peer: str
 ) -> None:
     config = load_config(file, list(overrides))
     if way:
-        _take_turns(way, config, rounds, steps, images, tuple(json.loads(peer)))
+        _take_turns(way, config, rounds, steps, images, json.loads(peer))
         return
     precision = connect(config.train.precision).mixed_precision
     manifest = Manifest.load(config.cache.path)
     model = build_model(config, manifest)
-    choice = _matching_unet(model, config, manifest)
+    twin = matching_unet(1, model, manifest)
     flops = {}
-    for name, network in (("ours", model), ("UNet2DModel", UNet2DModel(**_unet_options(choice, config, manifest)))):
-        flops[name] = _flops(network, config, manifest)
+    for name, network in (("ours", model), ("UNet2DModel", twin)):
+        flops[name] = step_flops(network, model)
         size = sum(p.numel() for p in network.parameters()) / 1e6
         print(f"{name}: {size:.2f} M parameters, {flops[name] / 1e9:.3f} GFLOP an image and step")
     half = precision != "no"
     ways = ["real loop", "bare step", RECIPE, *[f"{RECIPE}, {precision}"] * half, *[ONLINE] * bool(images)]
     ways += ["convolution, no", *[f"convolution, {precision}"] * half]
-    command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peer", json.dumps(choice)]
+    command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peer", twin.to_json_string()]
     with contextlib.ExitStack() as stack:
         results = _run({name: stack.enter_context(_process([*command, "--way", name])) for name in ways}, rounds)
     _summarise(results, flops, precision)
@@ -135,9 +134,7 @@ def _summarise(results: dict[str, list[dict[str, float]]], flops: dict[str, floa
         print(f"real loop / {name:24} {statistics.median(ratios):.3f}   ({middle})")
 
 
-def _take_turns(
-    way: str, config: Config, rounds: int, steps: int, images: str | None, peer: tuple[int, int, int]
-) -> None:
+def _take_turns(way: str, config: Config, rounds: int, steps: int, images: str | None, peer: dict[str, Any]) -> None:
     """The process of one way: it says that it is warm, and after each line that it reads what it reached."""
     if way in ("real loop", ONLINE):
         _loop(config, rounds, steps, online=images if way == ONLINE else None)
@@ -151,8 +148,13 @@ def _take_turns(
         if way == "bare step":
             step = _bare_step(build_model(config, manifest), config, latents, labels)
         else:
-            model = UNet2DModel(**_unet_options(peer, config, manifest))
-            step = _recipe(model, config, latents, labels, precision="no" if way == RECIPE else way.split(", ")[1])
+            step = _recipe(
+                UNet2DModel.from_config(peer),
+                config,
+                latents,
+                labels,
+                precision="no" if way == RECIPE else way.split(", ")[1],
+            )
     for _ in range(3):
         step()
     _report(0.0)
@@ -230,8 +232,8 @@ def _bare_step(model: nn.Module, config: Config, latents: Tensor, labels: Tensor
     model.to(accelerator.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if settings.compile:
         model.compile()
-    [optimizer] = make_optimizers(
-        model, kind="adamw", lr=1e-4, betas=settings.betas, weight_decay=settings.weight_decay
+    optimizers = make_optimizers(
+        model, kind=settings.optimizer, lr=1e-4, betas=settings.betas, weight_decay=settings.weight_decay
     )
     x, classes = latents[:size].contiguous(memory_format=torch.channels_last), labels[:size]
     target, times = torch.randn_like(x), torch.rand(size, device=x.device) * 1000
@@ -240,8 +242,9 @@ def _bare_step(model: nn.Module, config: Config, latents: Tensor, labels: Tensor
         with accelerator.autocast():
             prediction = model(x, times, classes).sample
         F.mse_loss(prediction.float(), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
@@ -275,49 +278,6 @@ def _recipe(model: nn.Module, config: Config, latents: Tensor, labels: Tensor, *
         loss.detach().item()
 
     return step
-
-
-def _matching_unet(model: nn.Module, config: Config, manifest: Manifest) -> tuple[int, int, int]:
-    """First and last width and blocks a level of the UNet2DModel that comes closest in FLOPs and parameters."""
-    flops, size = _flops(model, config, manifest), sum(p.numel() for p in model.parameters())
-
-    def distance(choice: tuple[int, int, int]) -> float:
-        with torch.device("meta"):
-            peer = UNet2DModel(**_unet_options(choice, config, manifest))
-        theirs, their_flops = sum(p.numel() for p in peer.parameters()), _flops(peer, config, manifest)
-        return 4 * abs(math.log(their_flops / flops)) + abs(math.log(theirs / size))
-
-    widths = range(64, 321, 16)
-    return min(((a, b, n) for a in widths[::2] for b in widths if b >= a for n in (1, 2)), key=distance)
-
-
-def _unet_options(choice: tuple[int, int, int], config: Config, manifest: Manifest) -> dict[str, Any]:
-    """A UNet2DModel of as many levels as ours, with attention in the lowest."""
-    first, last, blocks = choice
-    levels = len(config.model.channels)
-    return {
-        "sample_size": manifest.shape[1],
-        "in_channels": manifest.latent_channels,
-        "out_channels": manifest.latent_channels,
-        "num_class_embeds": len(manifest.classes) + 1,
-        "layers_per_block": blocks,
-        "norm_num_groups": 16,
-        "block_out_channels": tuple(
-            round(first * (last / first) ** (i / (levels - 1)) / 16) * 16 for i in range(levels)
-        ),
-        "down_block_types": ("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-    }
-
-
-def _flops(model: nn.Module, config: Config, manifest: Manifest) -> float:
-    """Of one image's forward and backward pass."""
-    size = manifest.shape[1]
-    twin = type(model).from_config(model.config)  # type: ignore[attr-defined]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x, times, labels = torch.empty(1, manifest.latent_channels, size, size), torch.empty(1), torch.zeros(1).long()
-        twin.to("meta")(x, times, class_labels=labels)
-    return 3.0 * counter.get_total_flops()
 
 
 def _convolution(kind: torch.dtype, channels: int = 192, size: int = 16, batch: int = 32) -> tuple[Step, float]:

@@ -1,0 +1,210 @@
+"""What people use today, on the same cached latents: models of the FLOPs of ours, and the recipes they come with."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.manifest import Manifest
+from pipeline.unet import LatentUNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a peer is trained to predict the noise of DDPM's linear schedule, at uniform timesteps.
+
+    `network` is UNet2DModel or DiTTransformer2DModel; `attention` counts the lowest levels of the U-Net that have it;
+    `rate` is the shape of the learning rate after a warm-up of `warmup` steps; `average` says whether samples are drawn
+    from averaged weights (diffusers' EMAModel with its warm-up).
+    """
+
+    name: str
+    source: str
+    network: Literal["unet", "dit"]
+    attention: int
+    betas: tuple[float, float]
+    weight_decay: float
+    rate: Literal["constant", "cosine"]
+    warmup: int
+    average: bool
+
+
+RECIPES = (
+    Recipe(
+        name="diffusers' example",
+        source="diffusers 0.42, examples/unconditional_image_generation/train_unconditional.py, with classes",
+        network="unet",
+        attention=1,
+        betas=(0.95, 0.999),
+        weight_decay=1e-6,
+        rate="cosine",
+        warmup=500,
+        average=True,
+    ),
+    Recipe(
+        name="DiT",
+        source="github.com/facebookresearch/DiT, train.py: AdamW, constant rate, no decay; EMA",
+        network="dit",
+        attention=0,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        rate="constant",
+        warmup=0,
+        average=True,
+    ),
+    Recipe(
+        name="course",
+        source="what courses teach: DDPM, epsilon, linear betas, a U-Net with attention, AdamW, cosine rate",
+        network="unet",
+        attention=2,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        rate="cosine",
+        warmup=500,
+        average=False,
+    ),
+)
+DROPOUT = 0.1  # of labels, for guidance
+
+
+class Peer:
+    """A model in training by a recipe; `predict` is what samplers ask."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ours: LatentUNet,
+        manifest: Manifest,
+        latents: Tensor,
+        labels: Tensor,
+        *,
+        lr: float,
+        steps: int,
+        batch_size: int,
+        accelerator: Accelerator,
+    ) -> None:
+        """`latents` are the normalised means of all images, `N C h w`; the rate is planned for `steps`."""
+        torch.manual_seed(0)
+        self.recipe, self.accelerator = recipe, accelerator
+        self.null = len(manifest.classes)
+        model = matching(recipe, ours, manifest).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.flops = step_flops(model, ours)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        rate = get_scheduler(recipe.rate, optimizer, num_warmup_steps=recipe.warmup, num_training_steps=steps)
+        loader = DataLoader(TensorDataset(latents, labels), batch_size=batch_size, shuffle=True, drop_last=True)
+        self.model, self.optimizer, self.rate, loader = accelerator.prepare(model, optimizer, rate, loader)
+        self.average = EMAModel(self.model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        self.batches: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def step(self) -> None:
+        """One step of the optimizer."""
+        self.model.train()
+        clean, labels = next(self.batches)
+        noise = torch.randn_like(clean)
+        times = torch.randint(0, 1000, (len(clean),), device=clean.device)
+        if self.recipe.network == "unet":  # the other drops labels itself
+            labels = torch.where(torch.rand(len(labels), device=labels.device) < DROPOUT, self.null, labels)
+        with self.accelerator.autocast():
+            prediction = self.model(self.schedule.add_noise(clean, noise, times), times, class_labels=labels).sample
+        self.accelerator.backward(F.mse_loss(prediction.float(), noise))
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.rate.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.model.parameters())
+
+    def predict(self, x: Tensor, timestep: Tensor, labels: Tensor, guidance: float) -> Tensor:
+        """The noise in `x`, with classifier-free guidance."""
+        times = timestep.expand(2 * len(x)).to(x.device)
+        both = torch.cat([labels, torch.full_like(labels, self.null)])
+        with self.accelerator.autocast():
+            conditional, other = self.model(torch.cat([x, x]), times, class_labels=both).sample.float().chunk(2)
+        return other + guidance * (conditional - other)
+
+
+def matching(recipe: Recipe, ours: LatentUNet, manifest: Manifest) -> nn.Module:
+    """The network of `recipe` that comes closest to ours in FLOPs and then in parameters."""
+    return matching_dit(ours, manifest) if recipe.network == "dit" else matching_unet(recipe.attention, ours, manifest)
+
+
+def matching_unet(attention: int, ours: LatentUNet, manifest: Manifest) -> UNet2DModel:
+    """A UNet2DModel of as many levels as ours, with attention in the lowest `attention` of them."""
+    widths = range(64, 321, 16)
+    choices = ((first, last, n) for first in widths[::2] for last in widths if last >= first for n in (1, 2))
+    options = [unet_options(choice, attention, ours, manifest) for choice in choices]
+    return _closest(UNet2DModel, options, ours)
+
+
+def matching_dit(ours: LatentUNet, manifest: Manifest) -> DiTTransformer2DModel:
+    """A DiT of patches 2x2 and heads 64 wide, about as deep for its width as those of the paper (width / 32 blocks)."""
+    options = [
+        {
+            "num_attention_heads": heads,
+            "attention_head_dim": 64,
+            "num_layers": depth,
+            "in_channels": manifest.latent_channels,
+            "sample_size": manifest.shape[1],
+            "patch_size": 2,
+            "num_embeds_ada_norm": len(manifest.classes),
+        }
+        for heads in range(2, 9)
+        for depth in range(heads, 4 * heads + 1)
+    ]
+    return _closest(DiTTransformer2DModel, options, ours)
+
+
+def unet_options(choice: tuple[int, int, int], attention: int, ours: LatentUNet, manifest: Manifest) -> dict[str, Any]:
+    """Arguments of a UNet2DModel by its first and last width and its blocks a level."""
+    first, last, blocks = choice
+    levels = len(ours.config["channels"])
+    plain = levels - attention
+    return {
+        "sample_size": manifest.shape[1],
+        "in_channels": manifest.latent_channels,
+        "out_channels": manifest.latent_channels,
+        "num_class_embeds": len(manifest.classes) + 1,
+        "layers_per_block": blocks,
+        "norm_num_groups": 16,
+        "block_out_channels": tuple(
+            round(first * (last / first) ** (i / (levels - 1)) / 16) * 16 for i in range(levels)
+        ),
+        "down_block_types": ("DownBlock2D",) * plain + ("AttnDownBlock2D",) * attention,
+        "up_block_types": ("AttnUpBlock2D",) * attention + ("UpBlock2D",) * plain,
+    }
+
+
+def step_flops(model: nn.Module, ours: LatentUNet) -> float:
+    """Of one image's forward and backward pass, on latents of the size of ours."""
+    channels, size = ours.config["in_channels"], ours.config["sample_size"]
+    twin = type(model).from_config(model.config)  # type: ignore[attr-defined]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x, times, labels = torch.empty(1, channels, size, size), torch.empty(1), torch.zeros(1).long()
+        twin.to("meta")(x, times, class_labels=labels)
+    return 3.0 * counter.get_total_flops()
+
+
+def _closest(kind: Any, options: list[dict[str, Any]], ours: LatentUNet) -> Any:
+    flops, size = step_flops(ours, ours), ours.num_parameters()
+
+    def distance(arguments: dict[str, Any]) -> float:
+        with torch.device("meta"):
+            peer = kind(**arguments)
+        return 4 * abs(math.log(step_flops(peer, ours) / flops)) + abs(math.log(peer.num_parameters() / size))
+
+    return kind(**min(options, key=distance))
