@@ -2,12 +2,12 @@
 
     python -m benchmarks.time_to_quality --config configs/cifar10.yaml --set data.source=path/to/cifar10
 
-Ours trains anew for each of the times, since its learning rate is planned for the end. The peers are diffusers' example,
-DiT's recipe and what courses teach, each on a network of our FLOPs (`benchmarks/peers.py`). They train once, as long as
-the longest time, and are measured on the way. Each peer's learning rate is the best of `RATES` after a short training,
-and its guidance and steps of DDIM the best of `GUIDANCES` and `STEPS` at the end; ours takes the config's. Every set of
-samples is measured by the code of `latentmill evaluate --images`. Prints a table, and writes `time_to_quality.json` and
-`time_to_quality.png`.
+Ours trains anew for each of the times, since its learning rate is planned for the end. The peers are an example of
+diffusers, DiT's recipe and what courses teach, each on a network of our FLOPs (`benchmarks/peers.py`). They train once,
+as long as the longest time, and are measured on the way. Each peer's learning rate is the best of `RATES` after a short
+training, and its guidance and steps of DDIM the best of `GUIDANCES` and `STEPS` at the end; ours takes the config's.
+Every set of samples is measured by the code of `latentmill evaluate --images`. Prints a table, and writes
+`time_to_quality.json` and `time_to_quality.png`.
 
 What is there already is not done again, so an interrupted night goes on at the peer that it came to. It needs a machine
 that does nothing else.
