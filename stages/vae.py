@@ -4,7 +4,9 @@ Each step sees whole solids and whole photographs. The loss is the mean squared 
 divergence from a unit Gaussian in nats a latent dimension (Kingma and Welling 2014, equation 10); plus `SCALED` times
 the squared error of what half as large latents are decoded to, against half as large an image, so that latents change
 with scale as images do (Kouzelis et al. 2025, "EQ-VAE"). In the last part of the training, there are a perceptual
-distance and a discriminator as well (`pipeline/perceptual.py`), for sharpness that squared error cannot give.
+distance and a discriminator as well (`pipeline/perceptual.py`), for sharpness that squared error cannot give. Latents
+that a diffusion model draws are never exact: so the decoder gets them with noise of a random level up to about `NOISE`
+of their standard deviation (Zheng et al. 2025, "Diffusion transformers with representation autoencoders", section 4.3).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from pipeline.perceptual import Backbone, Discriminator, perceptual_distance
 from pipeline.vae import to_images, to_pixels
 
 CHANNELS, LATENT_CHANNELS = (16, 32, 128), 8
-BETA, SCALED = 8e-4, 0.25
+BETA, SCALED, NOISE = 4e-3, 0.25, 0.2
 PERCEPTUAL, ADVERSARIAL = 0.1, 0.01
 SHARP = 0.6  # share of the training after which the last two begin to count
 LR, WARMUP, DECAY = 2e-3, 0.02, 0.5
@@ -144,12 +146,19 @@ def train_vae(photos: Path, to: Path, *, steps: int, seed: int = 0) -> None:
 def reconstruct(vae: AutoencoderKL, pixels: Tensor, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """What pixels `B 3 H W` are decoded to, and the loss of it that needs no other network."""
     posterior = vae.encode(pixels).latent_dist
-    latents = posterior.sample(draws)
+    latents = noisy(posterior.sample(draws), draws)
     made = vae.decode(latents).sample
     smaller = vae.decode(F.avg_pool2d(latents, 2)).sample
     nats = posterior.kl().mean() / latents[0].numel()
     error = F.mse_loss(made, pixels) + SCALED * F.mse_loss(smaller, F.avg_pool2d(pixels, 2))
     return made, error + BETA * min(1.0, 10 * progress) * nats
+
+
+def noisy(latents: Tensor, draws: torch.Generator) -> Tensor:
+    """Latents `B C h w` with noise, of another level in each image; its scale is that of each channel."""
+    scale = latents.detach().std(dim=(0, 2, 3), keepdim=True)
+    level = NOISE * torch.randn(len(latents), 1, 1, 1, generator=draws).abs()
+    return latents + level * scale * torch.randn(latents.shape, generator=draws)
 
 
 @dataclass
