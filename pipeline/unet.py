@@ -176,6 +176,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
     """Predicts noise, velocity or flow for noisy latents, given a timestep and a class.
 
     `num_classes` counts the real classes; the null class of classifier-free guidance is the index `num_classes`.
+    With `patch_size` p, p x p latent positions are the channels of one position of the network.
     """
 
     _supports_gradient_checkpointing = True
@@ -187,6 +188,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
         in_channels: int,
         sample_size: int,
         num_classes: int,
+        patch_size: int = 1,
         channels: tuple[int, ...] = (64, 128, 256),
         blocks: int = 2,
         bottleneck: str = "transformer",
@@ -195,12 +197,12 @@ class LatentUNet(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_model(sample_size, channels, bottleneck, head_width)
+        check_model(sample_size, patch_size, channels, bottleneck, head_width)
         condition = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], condition), nn.SiLU(), nn.Linear(condition, condition))
         self.classes = nn.Embedding(num_classes + 1, condition)
         nn.init.normal_(self.classes.weight, std=0.02)
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels[0], 3, padding=1)
         last = len(channels) - 1
         width, skips = channels[0], [channels[0]]
         self.down = nn.ModuleList()
@@ -209,7 +211,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
             skips += [level] * (blocks if i == last else blocks + 1)
             width = level
         self.middle = (
-            TransformerBottleneck(width, sample_size >> last, condition, depth, head_width, dropout)
+            TransformerBottleneck(width, sample_size // patch_size >> last, condition, depth, head_width, dropout)
             if bottleneck == "transformer"
             else ResidualBottleneck(width, condition, depth, dropout)
         )
@@ -220,7 +222,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
             self.up.append(UpLevel(width, taken, level, condition, dropout, up_to=up_to))
             width = up_to or level
         self.norm_out = _norm(width)
-        self.conv_out = _zero(nn.Conv2d(width, in_channels, 3, padding=1))
+        self.conv_out = _zero(nn.Conv2d(width, in_channels * patch_size**2, 3, padding=1))
 
     @property
     def null_class(self) -> int:
@@ -240,14 +242,15 @@ class LatentUNet(ModelMixin, ConfigMixin):
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = timestep_embedding(times, self.config["channels"][0]).to(sample.dtype)
         condition = F.silu(self.time(embedding) + self.classes(class_labels))
-        x = self.conv_in(sample)
+        patch_size = self.config["patch_size"]
+        x = self.conv_in(F.pixel_unshuffle(sample, patch_size))
         skips = [x]
         for level in self.down:
             x = level(x, condition, skips)
         x = self.middle(x, condition)
         for level in self.up:
             x = level(x, condition, skips)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), patch_size)
         return UNetOutput(sample=x) if return_dict else (x,)
 
 
@@ -266,12 +269,15 @@ def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Ten
     return block(x, condition)
 
 
-def check_model(sample_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
+def check_model(sample_size: int, patch_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
     """ValueError, naming the config's field, when no `LatentUNet` has these widths and latents of this size."""
     if bottleneck not in ("transformer", "resnet"):
         raise ValueError(f"model.bottleneck: {bottleneck!r}: use transformer or resnet")
     if channels[0] % 2:
         raise ValueError(f"model.channels: the first width, {channels[0]}, is odd: it is split into sines and cosines")
+    if sample_size % patch_size:
+        raise ValueError(f"model.patch_size: {patch_size} does not divide {sample_size}x{sample_size} latents")
+    sample_size //= patch_size
     factor = 2 ** (len(channels) - 1)
     if sample_size % factor:
         raise ValueError(

@@ -104,6 +104,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Model(Section):
     """The U-Net; its levels halve the resolution, the bottleneck works on the lowest."""
 
+    patch_size: PositiveInt = 1  # latent positions a side that become one position of the network
     channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
     blocks: PositiveInt = 2  # residual blocks a level on the way down
     bottleneck: Literal["transformer", "resnet"] = "transformer"

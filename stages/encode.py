@@ -208,7 +208,8 @@ def _settings(config: Config, vae: FrozenVae) -> dict[str, Any]:
             f" into one latent position: choose a multiple of {vae.downsampling}"
         )
     side = config.data.image_size // vae.downsampling
-    check_model(side, config.model.channels, config.model.bottleneck, config.model.head_width)
+    model = config.model
+    check_model(side, model.patch_size, model.channels, model.bottleneck, model.head_width)
     channels = vae.model.config["latent_channels"]
     return {
         "format": config.cache.format,

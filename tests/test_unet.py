@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.unet import LatentUNet, TransformerBlock, TransformerBottleneck, _attention
@@ -50,6 +51,15 @@ def test_the_prediction_has_the_shape_of_the_latents(
     x, times, classes = inputs(2, size, in_channels)
     assert model(x, times, classes).sample.shape == x.shape
     assert model(x, 7, classes, return_dict=False)[0].shape == x.shape
+
+
+def test_patches_are_the_channels_of_a_network_without_them() -> None:
+    model = scrambled(patch_size=2, sample_size=8)
+    plain = build(in_channels=16, sample_size=4)
+    plain.load_state_dict(model.state_dict())
+    x, times, classes = inputs(3, 8)
+    expected = plain(F.pixel_unshuffle(x, 2), times, classes).sample
+    torch.testing.assert_close(model(x, times, classes).sample, F.pixel_shuffle(expected, 2))
 
 
 def test_the_resolution_halves_on_the_way_down_and_returns_on_the_way_up() -> None:
@@ -188,6 +198,8 @@ def test_a_saved_model_comes_back_by_plain_diffusers(tmp_path: Path) -> None:
     ("overrides", "field"),
     [
         ({"channels": (8, 16, 16), "sample_size": 6}, "model.channels"),
+        ({"patch_size": 3}, "model.patch_size"),
+        ({"patch_size": 2, "channels": (8, 16, 16)}, "model.channels"),
         ({"channels": (8, 12)}, "model.head_width"),
         ({"channels": (9, 16)}, "model.channels"),  # half of the timestep's features are sines, half cosines
         ({"bottleneck": "mlp"}, "model.bottleneck"),
