@@ -4,8 +4,8 @@ Each step sees whole solids and whole photographs. The loss is the mean squared 
 divergence from a unit Gaussian in nats a latent dimension (Kingma and Welling 2014, equation 10). In the last part of
 the training, there are a perceptual distance and a discriminator as well (`pipeline/perceptual.py`), for sharpness that
 squared error cannot give. Latents that a diffusion model draws are never exact: so the decoder gets them with noise of
-a random level, about `NOISE` of their standard deviation (Zheng et al. 2025, "Diffusion transformers with representation
-autoencoders", section 4.3).
+a random level, about `NOISE` of their standard deviation (Zheng et al. 2025, "Diffusion transformers with
+representation autoencoders", section 4.3).
 """
 
 from __future__ import annotations
