@@ -22,7 +22,7 @@ LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all encode verify info train sample decode eval vae test lint bench
+.PHONY: help setup all encode verify info train sample decode eval vae test lint results bench
 
 help:  ## this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ lint: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+results: encode  ## what each choice of the design brings: docs/results.md, in one night
+	$(BIN)/python -m benchmarks.results --config $(call quoted,CONFIG) $(SETS)
 
 bench: train  ## do samples of the default run show the class asked for?
 	$(BIN)/python -m benchmarks.solids_accuracy $(ARGS)
