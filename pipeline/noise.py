@@ -25,16 +25,19 @@ LEVELS = 10  # parts of the timesteps in which losses are logged
 class NoiseProcess:
     """`schedule` is linear, scaled_linear (Rombach et al. 2022), cosine or flow; `prediction` epsilon, x0, v or flow;
     `timesteps` uniform or logit_normal. `zero_terminal_snr` rescales a discrete schedule until its last step is pure
-    noise (Lin et al. 2024, algorithm 1). ValueError, with the reason, for a pair that cannot work.
+    noise (Lin et al. 2024, algorithm 1). `shift` s moves flow's timesteps t, in training and sampling, towards noise: t
+    becomes s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23). ValueError, with the reason, for a pair that cannot
+    work.
     """
 
     schedule: str
     prediction: str
     timesteps: str = "uniform"
     zero_terminal_snr: bool = False
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
-        check_noise(self.schedule, self.prediction, self.zero_terminal_snr)
+        check_noise(self.schedule, self.prediction, self.zero_terminal_snr, self.shift)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """`count` timesteps in 0..1000, float32; whole numbers below 1000 for the discrete schedules.
@@ -45,7 +48,11 @@ class NoiseProcess:
             share = torch.rand(count, generator=generator, device=generator.device)
         else:
             share = torch.randn(count, generator=generator, device=generator.device).sigmoid()
-        return self.times_at(share)
+        return self.times_at(self.shifted(share))
+
+    def shifted(self, share: Any) -> Any:
+        """Shares 0..1 of the timesteps, a tensor or an array, moved by `shift`."""
+        return self.shift * share / (1 + (self.shift - 1) * share)
 
     def times_at(self, share: Tensor) -> Tensor:
         """The timesteps at shares 0..1 of their range, of any shape."""
@@ -54,13 +61,16 @@ class NoiseProcess:
     def time_density(self, times: Tensor) -> Tensor:
         """How often `draw_times` comes to timesteps `B`, relative to uniform draws: the mean over all timesteps is 1.
 
-        logit_normal: exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)), 0 < t < 1 (Esser et al. 2024, section 3.1).
+        logit_normal: exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)), 0 < t < 1 (Esser et al. 2024, section 3.1), at the
+        t that is shifted to `times`, and times the slope of t there.
         """
-        if self.timesteps == "uniform":
-            return torch.ones_like(times)
         middle = times if self.schedule == "flow" else times + 0.5  # a whole number n is drawn for n..n+1
-        t = (middle / STEPS).clamp(1e-6, 1 - 1e-6)
-        return (t.logit().square() / -2).exp() / (math.sqrt(2 * math.pi) * t * (1 - t))
+        place = (middle / STEPS).clamp(1e-6, 1 - 1e-6)
+        below = self.shift - (self.shift - 1) * place
+        t, slope = place / below, self.shift / below**2
+        if self.timesteps == "uniform":
+            return slope
+        return slope * (t.logit().square() / -2).exp() / (math.sqrt(2 * math.pi) * t * (1 - t))
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, each `B 1 1 1` float32."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 STEPS = 1000  # of the discrete schedules
 
 
-def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool) -> None:
+def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool, shift: float = 1.0) -> None:
     """ValueError, with the reason, when a noise process could not be learnt or sampled."""
     flow = schedule == "flow"
     if flow != (prediction == "flow"):
         raise ValueError(
             f"schedule {schedule} does not go with prediction {prediction}: flow goes with flow alone, the discrete"
             " schedules with epsilon, x0 or v"
+        )
+    if not flow and shift != 1:
+        raise ValueError(
+            f"shift = {shift:g} moves the timesteps of schedule flow: {schedule} has its own, leave it at 1"
         )
     if flow and zero_terminal_snr:
         raise ValueError("zero_terminal_snr does not go with schedule flow, which ends in pure noise as it is")

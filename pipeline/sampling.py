@@ -33,8 +33,8 @@ def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
     check_sampler(name, steps, noise.schedule)
     if name == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
-        # evenly from 1 to 0; diffusers' default puts the last evaluation at 0.001 and so wastes it
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        # from 1 to 0, evenly but for the shift; diffusers' default puts the last evaluation at 0.001 and so wastes it
+        scheduler.set_timesteps(sigmas=noise.shifted(np.linspace(1, 1 / steps, steps)))
         return scheduler
     kind = {"ddpm": DDPMScheduler, "ddim": _DDIM}[name]
     scheduler = kind(**noise.diffusers_options(), clip_sample=False)

@@ -120,10 +120,11 @@ class Noise(Section):
     prediction: Literal["epsilon", "x0", "v", "flow"] = "flow"
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
     zero_terminal_snr: bool = False  # rescale a discrete schedule until its last step is pure noise
+    shift: PositiveFloat = 1.0  # flow: above 1, more timesteps with much noise, for large or smooth latents
 
     @model_validator(mode="after")
     def _pairs(self) -> Noise:
-        check_noise(self.schedule, self.prediction, self.zero_terminal_snr)
+        check_noise(self.schedule, self.prediction, self.zero_terminal_snr, self.shift)
         return self
 
 

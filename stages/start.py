@@ -21,7 +21,7 @@ from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization, coordinate_seed
 from pipeline.optimize import lr_at, lr_course
 from pipeline.unet import LatentUNet
-from stages.config import Config, Train, heldout_path
+from stages.config import Config, Model, Train, heldout_path
 from stages.launch import computer
 
 _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
@@ -91,9 +91,10 @@ def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
 def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
     """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
     state, train, cache = checkpoint.state, config.train, cache_identity(manifest)
+    noise = NoiseProcess(**state["noise"])
     fixed = [
         *_model_pairs(checkpoint, config),
-        *((f"noise.{name}", state["noise"][name], value) for name, value in config.noise.model_dump().items()),
+        *((f"noise.{name}", getattr(noise, name), value) for name, value in config.noise.model_dump().items()),
         ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
         ("data.image_size", state["image_size"], manifest.image_size),
         *((f"train.{name}", state["train"][name], getattr(train, name)) for name in _FIXED),
@@ -178,10 +179,10 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[N
         checkpoint, passed_over = newest_checkpoint(source)
     if not checkpoint:
         raise ValueError(f"train.init: no whole checkpoint in {source}")
-    state = checkpoint.state
+    state, noise = checkpoint.state, NoiseProcess(**checkpoint.state["noise"])
     pairs = [pair for pair in _model_pairs(checkpoint, config) if pair[0] != "model.dropout"]
     pairs += [
-        (f"noise.{name}", state["noise"][name], getattr(config.noise, name))
+        (f"noise.{name}", getattr(noise, name), getattr(config.noise, name))
         for name in ("schedule", "prediction", "zero_terminal_snr")
     ]
     pairs.append(("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256))
@@ -305,7 +306,9 @@ def as_json(normalization: Normalization) -> dict[str, list[float]]:
 
 def _model_pairs(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:
     stored = checkpoint.model_config()
-    return [(f"model.{name}", stored[name], value) for name, value in config.model.model_dump(mode="json").items()]
+    values = config.model.model_dump(mode="json")
+    # a key that is newer than the checkpoint had its default then
+    return [(f"model.{name}", stored.get(name, Model.model_fields[name].default), values[name]) for name in values]
 
 
 def _with_train(config: Config, **changes: Any) -> Config:

@@ -31,6 +31,7 @@ from tests.test_unet import scrambled
 PROCESSES = [
     NoiseProcess("flow", "flow", "uniform"),
     NoiseProcess("flow", "flow", "logit_normal"),
+    NoiseProcess("flow", "flow", "logit_normal", shift=3.0),
     NoiseProcess("cosine", "epsilon", "logit_normal"),
     NoiseProcess("linear", "v"),
     NoiseProcess("scaled_linear", "x0"),

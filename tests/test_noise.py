@@ -98,6 +98,7 @@ def test_scaled_linear_is_that_of_stable_diffusion() -> None:
         (("linear", "flow"), "flow goes with flow alone"),
         (("flow", "flow", "uniform", True), "ends in pure noise as it is"),
         (("cosine", "epsilon", "uniform", True), "says nothing of the image"),
+        (("linear", "v", "uniform", False, 3.0), "shift = 3 moves the timesteps of schedule flow"),
     ],
 )
 def test_pairs_that_cannot_work_are_refused_with_the_reason(process: tuple[Any, ...], reason: str) -> None:
@@ -372,6 +373,16 @@ def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> 
 def test_neighbouring_seeds_and_indices_share_no_noise() -> None:
     generators = [generator for seed in range(3) for generator in image_generators(seed, [0, 1, 2])]
     assert len({generator.initial_seed() for generator in generators}) == 9
+
+
+def test_a_shift_moves_the_draws_of_training_and_the_steps_of_sampling_alike() -> None:
+    noise = NoiseProcess("flow", "flow", "logit_normal", shift=3.0)
+    drawn = noise.draw_times(40_000, torch.Generator().manual_seed(0))
+    assert drawn.median().item() == pytest.approx(750, abs=8)  # of 1/2: 3/2 / (1 + 2/2)
+    plain = make_scheduler("euler", NoiseProcess("flow", "flow"), 5).sigmas
+    expected = 3 * plain / (1 + 2 * plain)
+    torch.testing.assert_close(make_scheduler("euler", noise, 5).sigmas, expected)
+    assert (expected[0], expected[-1]) == (1, 0)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
