@@ -21,7 +21,7 @@ from pipeline.evaluation.classes import (
 )
 from pipeline.evaluation.figures import Estimate, Selected, share
 from pipeline.evaluation.frechet import FrechetFigures, Gaussian, Sums, frechet, frechet_distance, too_few
-from pipeline.evaluation.kernel import kernel_distance, mean_similarity
+from pipeline.evaluation.kernel import kernel_difference, kernel_distance, mean_similarity
 from pipeline.evaluation.neighbours import Memorisation, closer_than_heldout, nearest, neighbour_figures
 
 CPU = torch.device("cpu")
@@ -326,6 +326,20 @@ def test_the_kernel_distance_has_no_bias_and_an_interval_that_covers() -> None:
     )
     assert abs(small.mean()) < 3 * small.std() / np.sqrt(len(small))
     assert small.std() / np.sqrt(len(small)) < 0.1 * small.std()
+
+
+def test_the_difference_of_two_kernel_distances_is_told_apart_by_what_their_rows_have_in_common() -> None:
+    """Rows of the same draws: one set is the other, moved a little. Apart, their intervals overlap."""
+    reference, one = Rows(normals(400, 8, seed=1)), Rows(normals(100, 8, seed=2) + 0.3)
+    other = Rows(one.rows + 0.1)
+    paired = kernel_difference(other, one, reference, mean_similarity(reference, CPU), CPU)
+    alone, moved = kd(one, reference), kd(other, reference)
+    assert paired.value == pytest.approx(moved.value - alone.value, rel=1e-9)
+    assert alone.interval
+    assert moved.interval
+    assert moved.interval[0] < alone.interval[1]
+    assert paired.interval
+    assert 0 < paired.interval[0] < paired.value < paired.interval[1]
 
 
 def test_beyond_the_limit_no_row_counts_where_work_grows_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
