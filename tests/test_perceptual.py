@@ -57,11 +57,11 @@ def test_the_discriminator_learns_to_tell_blur_and_then_says_so(backbone: Backbo
     real, made = backbone(pixels), backbone(blurred(pixels, 2))
     assert discriminator.loss(real, real).item() == pytest.approx(2, abs=0.2)
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-2)
-    for _ in range(20):
+    for _ in range(30):
         optimizer.zero_grad()
         discriminator.loss(real, made).backward()
         optimizer.step()
-    assert discriminator.loss(real, made) < 1
+    assert discriminator.loss(real, made) < 1.5
     assert discriminator.generator_loss(made) > discriminator.generator_loss(real)
 
 
