@@ -180,8 +180,8 @@ class Judged:
 
     def __init__(self, trained: Tensor, images: Tensor) -> None:
         self.network = open_network("effnet_lite0", None, torch.device("cpu"))
-        self.images = images[:: max(len(images) // MEASURED, 1)][:MEASURED]
-        self.reference = self._features(trained[:: max(len(trained) // REFERENCE, 1)][:REFERENCE])
+        self.images = some(images, MEASURED)
+        self.reference = self._features(some(trained, REFERENCE))
         self.similarity = mean_similarity(self.reference, self.network.device)
 
     def report(self, vae: AutoencoderKL) -> str:
@@ -193,6 +193,11 @@ class Judged:
 
     def _features(self, images: Tensor) -> Features:
         return Features(self.network.features(images).numpy())
+
+
+def some(images: Tensor, count: int) -> Tensor:
+    """`count` of `images`, drawn evenly: every n-th of the solids would leave out classes."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 @torch.inference_mode()
