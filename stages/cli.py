@@ -187,7 +187,7 @@ def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, r
 @main.command()
 @click.argument("photos", type=LocalPath())
 @click.option("--to", type=LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=6000, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=5500, show_default=True)
 @_errors_in_one_line
 def vae(photos: Path, to: Path, steps: int) -> None:
     """Train the bundled VAE on solids and on PHOTOS, a folder of class folders."""
