@@ -5,7 +5,8 @@
 
 First both train a few steps in turn, which gives their images/s on this machine. Then each trains for every budget from
 nothing, for as many images as it can see in that time and with its learning rate planned for them, and its samples are
-measured as `latentmill evaluate` does. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
+measured as `latentmill evaluate` does. Minutes are those of one CPU core (or of the GPU, where there is one): four
+minutes on two cores are two by the clock. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
 already is not done again: an interrupted ablation goes on. It needs a machine that does nothing else.
 """
 
@@ -60,7 +61,7 @@ class Trained:
 @click.option("--set", "common", multiple=True, help="Override a key of both configs: key=value.")
 @click.option("--a", "first", default="", help="Overrides of the first config, with spaces between them.")
 @click.option("--b", "second", default="", help="Overrides of the second.")
-@click.option("--minutes", multiple=True, type=float, default=(4.0,), show_default=True, help="A training time.")
+@click.option("--minutes", multiple=True, type=float, default=(4.0,), show_default=True, help="CPU minutes.")
 @click.option("--seeds", default=1, show_default=True, help="Trainings of each, of seeds 0, 1, ...")
 @click.option("--images", default=500, show_default=True, help="Samples that are measured of each training.")
 @click.option("--to", type=LocalPath(), default=Path("runs/ablation"), show_default=True)
@@ -124,15 +125,20 @@ def measure_rates(configs: dict[str, Config]) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
+def seconds(minutes: float) -> float:
+    """What `minutes` of one core are by the clock: training uses all cores, or one GPU."""
+    return 60 * minutes / (1 if torch.cuda.is_available() else torch.get_num_threads())
+
+
 def trained(config: Config, name: str, rate: float, minutes: float, seed: int, to: Path) -> Trained:
-    """Train `name` for `minutes` and measure it, or read what was measured."""
+    """Train `name` for `minutes` of one core and measure it, or read what was measured."""
     batch = config.train.batch_size
     assert batch != "auto"
     run = to / f"{name}-{minutes:g}min-seed{seed}"
     if (run / "config.yaml").exists():
         images = load_config(run / "config.yaml").train.images  # by the rate of then
     else:
-        images = max(int(rate * minutes * 60 / batch), 1) * batch
+        images = max(int(rate * seconds(minutes) / batch), 1) * batch
     settings = {"images": images, "seed": seed, "preview_every": images, "checkpoint_every": images}
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
     train(config, run)
@@ -160,11 +166,11 @@ def print_table(runs: list[Trained], differences: list[dict[str, Any]]) -> None:
     for r in runs:
         shown = (f"{name.rsplit('-', 1)[0]} {_shown(name, r.figures[name])}" for name in _figures(r))
         loss = f"held-out loss {r.heldout_loss:.4f}" if r.heldout_loss else ""
-        print(f"{r.minutes:g} min  seed {r.seed}  {r.variant}  {r.images:,} images  {'  '.join(shown)}  {loss}")
+        print(f"{r.minutes:g} CPU min  seed {r.seed}  {r.variant}  {r.images:,} images  {'  '.join(shown)}  {loss}")
     for each in differences:
         low, high = (1000 * bound for bound in each["interval"])
         value = f"{1000 * each['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-        print(f"{each['minutes']:g} min  seed {each['seed']}  b - a  KD x 1000 {value}")
+        print(f"{each['minutes']:g} CPU min  seed {each['seed']}  b - a  KD x 1000 {value}")
 
 
 def draw(runs: list[Trained], file: Path) -> None:
@@ -181,7 +187,7 @@ def draw(runs: list[Trained], file: Path) -> None:
         axis.errorbar(minutes, values, [values - low, high - values], fmt="o", capsize=3, color=f"C{name == 'b':d}")
         times = sorted({*minutes})
         axis.plot(times, [values[minutes == t].mean() for t in times], color=f"C{name == 'b':d}", label=name)
-    axis.set(xlabel="minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
+    axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
     axis.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

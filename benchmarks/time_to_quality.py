@@ -6,7 +6,8 @@ Ours trains anew for each of the times, since its learning rate is planned for t
 diffusers, DiT's recipe and what courses teach, each on a network of our FLOPs (`benchmarks/peers.py`). They train once,
 as long as the longest time, and are measured on the way. Each peer's learning rate is the best of `RATES` after a short
 training, and its guidance and steps of DDIM the best of `GUIDANCES` and `STEPS` at the end; ours takes the config's.
-Every set of samples is measured by the code of `latentmill evaluate --images`. Prints a table, and writes
+Minutes are those of one CPU core, or of the GPU. Every set of samples is measured by the code of
+`latentmill evaluate --images`. Prints a table, and writes
 `time_to_quality.json` and `time_to_quality.png`.
 
 What is there already is not done again, so an interrupted night goes on at the peer that it came to. It needs a machine
@@ -28,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from benchmarks.ablation import measure_rates, trained
+from benchmarks.ablation import measure_rates, seconds, trained
 from benchmarks.peers import RECIPES, Peer, Recipe
 from data.cache import LatentCache
 from data.generated import write_npz
@@ -54,7 +55,7 @@ BATCH = 50
 @click.option("--config", "file", type=LocalPath(), default=Path("configs/cifar10.yaml"))
 @click.option("--set", "overrides", multiple=True, help="Override a key of the config: key=value.")
 @click.option("--minutes", multiple=True, type=float, default=(5, 10, 12, 15, 20, 40, 60), show_default=True)
-@click.option("--sweep", default=5.0, show_default=True, help="Minutes of training for each rate of a peer.")
+@click.option("--sweep", default=5.0, show_default=True, help="CPU minutes of training for each rate of a peer.")
 @click.option("--images", default=1000, show_default=True, help="Samples that are measured each time.")
 @click.option("--to", type=LocalPath(), default=Path("runs/time_to_quality"), show_default=True)
 def main(
@@ -120,15 +121,15 @@ class Contest:
 
         if all(place.exists() for place in places):
             return peer(1), places
-        made = peer(int(minutes[-1] * 60 / _seconds_a_step(peer(10**6))))
+        made = peer(int(seconds(minutes[-1]) / _seconds_a_step(peer(10**6))))
         spent, due = 0.0, list(zip(minutes, places, strict=True))
         while due:
             started = time.perf_counter()
             made.step()
             spent += time.perf_counter() - started
-            if spent >= due[0][0] * 60:
+            if spent >= seconds(due[0][0]):
                 publish(due.pop(0)[1], safetensors.torch.save(_weights(made)))
-                print(f"{self.recipe.name}: rate {lr:g}, {spent / 60:.0f} minutes", flush=True)
+                print(f"{self.recipe.name}: rate {lr:g}, {spent / 60:.0f} minutes by the clock", flush=True)
         return made, places
 
     def _distance(self, peer: Peer, place: Path, images: int, **choice: Any) -> float:
@@ -188,15 +189,15 @@ def _figures(figures: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(curves: dict[str, list[dict[str, Any]]]) -> None:
     """Kernel distance x 1000 of each recipe at each time, and when ours is as good as the best peer at last."""
-    print("minutes".ljust(24), *(f"{each['minutes']:>12g}" for each in curves["ours"]))
+    print("CPU minutes".ljust(24), *(f"{each['minutes']:>12g}" for each in curves["ours"]))
     for name, curve in curves.items():
         print(name.ljust(24), *(_shown(each["kernel_distance"]).rjust(12) for each in curve))
     peers = {name: curve[-1]["kernel_distance"]["value"] for name, curve in curves.items() if name != "ours"}
     best = min(peers, key=peers.__getitem__)
     sooner = [each["minutes"] for each in curves["ours"] if each["kernel_distance"]["value"] <= peers[best]]
     last = curves["ours"][-1]["minutes"]
-    when = f"in {sooner[0]:g} minutes" if sooner else "in none of these times"
-    print(f"what the best peer, {best}, has after {last:g} minutes, ours has {when}")
+    when = f"in {sooner[0]:g}" if sooner else "in none of these times"
+    print(f"what the best peer, {best}, has after {last:g} CPU minutes, ours has {when}")
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
@@ -210,7 +211,7 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
         values, low, high = 1000 * np.array([[d["value"], *d["interval"]] for d in distances]).T
         minutes = [each["minutes"] for each in curve]
         axis.errorbar(minutes, values, [values - low, high - values], fmt="o-", capsize=3, label=name)
-    axis.set(xlabel="minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
+    axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
     axis.legend()
     figure.savefig(file, dpi=120)
 

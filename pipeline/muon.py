@@ -20,7 +20,7 @@ class Muon(Optimizer):
     """Moves each parameter along its orthogonalised Nesterov momentum, with decoupled weight decay.
 
     torch's own takes matrices alone, and computes in bfloat16, which many CPUs have no instructions for. Here a kernel
-    `O I h w` is the matrix `O Ihw`, and parameters of one shape are orthogonalised together. The root mean square of a
+    `O I h w` is the matrix `O hwI`, and parameters of one shape are orthogonalised together. The root mean square of a
     step is 0.2 `lr`, about that of AdamW, so that one learning rate serves both (Liu et al. 2025, "Muon is scalable for
     LLM training", equation 4).
     """
@@ -51,11 +51,12 @@ class Muon(Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
-        steps = orthogonalize(torch.stack([each.flatten(1) for each in ahead]))
+        steps = orthogonalize(torch.stack([each.movedim(1, -1).flatten(1) for each in ahead]))  # as channels_last lies
         size = 0.2 * max(steps.shape[1:]) ** 0.5
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        for parameter, step in zip(parameters, steps, strict=True):
-            parameter.add_(step.view(parameter.shape), alpha=-lr * size)
+        if weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        moved = [step.view_as(p.movedim(1, -1)).movedim(-1, 1) for step, p in zip(steps, parameters, strict=True)]
+        torch._foreach_add_(parameters, moved, alpha=-lr * size)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

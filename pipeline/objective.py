@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.noise import NoiseProcess
@@ -102,9 +103,17 @@ class Objective(nn.Module):
     and improving the training dynamics of diffusion models", section 2 and appendix A).
     """
 
-    def __init__(self, model: LatentUNet, noise: NoiseProcess, weighting: str = "plain") -> None:
+    def __init__(
+        self,
+        model: LatentUNet,
+        noise: NoiseProcess,
+        weighting: str = "plain",
+        direction: float = 0.0,
+        contrastive: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model, self.noise, self.weighting = model, noise, weighting
+        self.direction, self.contrastive = direction, contrastive
         self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
         if self.uncertainty is not None:  # u = 0: the plain loss at first
             nn.init.zeros_(self.uncertainty.weight)
@@ -115,8 +124,15 @@ class Objective(nn.Module):
         squared error `B`, unweighted and without gradient."""
         noisy = self.noise.corrupt(latents, noise, times).contiguous(memory_format=torch.channels_last)
         prediction = self.model(noisy, times, classes).sample.float()
-        errors = (prediction - self.noise.target(latents, noise, times)).square().mean(dim=(1, 2, 3))
-        return self._weigh(errors, times).mean(), errors.detach()
+        target = self.noise.target(latents, noise, times)
+        errors = (prediction - target).square().mean(dim=(1, 2, 3))
+        loss = self._weigh(errors, times).mean()
+        if self.direction:
+            cosine = F.cosine_similarity(prediction, target, dim=1).mean()
+            loss = loss + self.direction * (1 - cosine)
+        if self.contrastive:
+            loss = loss - self.contrastive * (prediction - target.roll(1, 0)).square().mean()
+        return loss, errors.detach()
 
     def _weigh(self, errors: Tensor, times: Tensor) -> Tensor:
         if self.weighting == "min_snr":

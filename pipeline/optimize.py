@@ -15,6 +15,7 @@ from pipeline.muon import Muon
 STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each keeps of a parameter
 _UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
 _ENDS = ("conv_in", "conv_out")  # between latents and features: of few channels, which Muon would all move alike
+_CONDITION = ("time", "modulation")  # the layers on timestep and class: square and wide, half of Muon's time
 
 
 def make_optimizers(
@@ -27,7 +28,8 @@ def make_optimizers(
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = {n: p for n, p in named if p.ndim >= 2 and not any(part in _UNDECAYED for part in n.split("."))}
-    inner = {n: p for n, p in decayed.items() if kind == "muon" and not any(part in _ENDS for part in n.split("."))}
+    left = _ENDS + (_CONDITION if kind == "muon" else ())
+    inner = {n: p for n, p in decayed.items() if kind != "adamw" and not any(part in left for part in n.split("."))}
     others = [p for n, p in decayed.items() if n not in inner]
     rest = [p for n, p in named if n not in decayed]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

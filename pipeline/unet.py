@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,16 +73,26 @@ class TransformerBlock(nn.Module):
     """Self-attention and a two-layer MLP, each behind AdaLN-Zero: the condition gives scale and shift of a LayerNorm
     and a gate on the result, all zero at the start (Peebles and Xie 2023, section 3.2)."""
 
-    def __init__(self, width: int, condition: int, head_width: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, condition: int, head_width: int, dropout: float, *, mlp: str = "gelu", qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads = width // head_width
+        self.qk_norm = qk_norm
         self.modulation = _zero(nn.Linear(condition, 6 * width))
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        self.mlp = (
+            SwiGLU(width, dropout)
+            if mlp == "swiglu"
+            else nn.Sequential(
+                nn.Linear(width, 4 * width),
+                nn.GELU(approximate="tanh"),
+                nn.Dropout(dropout),
+                nn.Linear(4 * width, width),
+            )
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -93,16 +103,38 @@ class TransformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
+        if self.qk_norm:
+            q, k = (F.rms_norm(each.float(), each.shape[-1:]).to(v.dtype) for each in (q, k))
         return self.project(_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """An MLP of the same number of weights whose hidden layer is gated (Shazeer 2020)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        hidden = 8 * width // 3 // 16 * 16
+        self.into = nn.Linear(width, 2 * hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B T D` -> `B T D`."""
+        gate, value = self.into(x).chunk(2, dim=-1)
+        return self.out(self.dropout(F.silu(gate) * value))
 
 
 class TransformerBottleneck(nn.Module):
     """A feature map as tokens with learnable positions, `depth` transformer blocks, and back."""
 
-    def __init__(self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float, **options: Any
+    ) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.randn(1, size * size, width) * 0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width, condition, head_width, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, condition, head_width, dropout, **options) for _ in range(depth)
+        )
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -194,6 +226,8 @@ class LatentUNet(ModelMixin, ConfigMixin):
         bottleneck: str = "transformer",
         depth: int = 4,
         head_width: int = 64,
+        mlp: str = "gelu",
+        qk_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -211,7 +245,16 @@ class LatentUNet(ModelMixin, ConfigMixin):
             skips += [level] * (blocks if i == last else blocks + 1)
             width = level
         self.middle = (
-            TransformerBottleneck(width, sample_size // patch_size >> last, condition, depth, head_width, dropout)
+            TransformerBottleneck(
+                width,
+                sample_size // patch_size >> last,
+                condition,
+                depth,
+                head_width,
+                dropout,
+                mlp=mlp,
+                qk_norm=qk_norm,
+            )
             if bottleneck == "transformer"
             else ResidualBottleneck(width, condition, depth, dropout)
         )

@@ -110,6 +110,8 @@ class Model(Section):
     bottleneck: Literal["transformer", "resnet"] = "transformer"
     depth: PositiveInt = 4  # blocks in the bottleneck
     head_width: PositiveInt = 64  # channels an attention head
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qk_norm: bool = False
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
 
@@ -138,7 +140,7 @@ class Train(Section):
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     compile: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has instructions for it
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "muon_all"] = "adamw"
     lr: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"  # of the learning rate
     warmup: NonNegativeInt = 1_000
@@ -147,6 +149,8 @@ class Train(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
     weighting: Literal["plain", "min_snr", "learned"] = "plain"  # of the loss at each noise level
+    direction: NonNegativeFloat = 0.0  # weight of 1 - the cosine between prediction and target
+    contrastive: NonNegativeFloat = 0.0  # weight of the error to the target of another image, which is to be large
     normalization: Literal["cache", "vae"] = "cache"  # by the full set's mean and std, or the VAE's scaling factor
     access: Literal["auto", "resident", "memory", "mapped", "streamed"] = "auto"  # see docs/training.md
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)  # share of labels replaced by the null class

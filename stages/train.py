@@ -180,7 +180,7 @@ class Trainer:
     def _prepare(self, model: LatentUNet) -> None:
         """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
         settings = self.config.train
-        self.objective = Objective(model, self.noise, settings.weighting)
+        self.objective = Objective(model, self.noise, settings.weighting, settings.direction, settings.contrastive)
         layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot deal out the latter
         self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizers = make_optimizers(
