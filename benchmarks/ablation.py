@@ -3,7 +3,7 @@
     python -m benchmarks.ablation --config configs/solids.yaml --a train.optimizer=adamw --b train.optimizer=muon \
         --minutes 4 --minutes 10 --seeds 2 --to runs/ablation/muon
 
-First both train a few steps in turn, which gives their images/s on this machine. Then each trains for every budget from
+Further `--b` are measured against the same a. First all train a few steps in turn, which gives their images/s on this machine. Then each trains for every budget from
 nothing, for as many images as it can see in that time and with its learning rate planned for them, and its samples are
 measured as `latentmill evaluate` does. Minutes are those of one CPU core (or of the GPU, where there is one): four
 minutes on two cores are two by the clock. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
@@ -36,7 +36,7 @@ from stages.launch import connect
 from stages.train import Trainer, train
 
 ROUNDS, STEPS = 8, 10  # of which the median is a variant's images/s; the first round is a warm-up
-NAMES = ("a", "b")
+NAMES = "abcdefghijkl"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trained:
 @click.option("--config", "file", type=LocalPath(), default=Path("configs/solids.yaml"))
 @click.option("--set", "common", multiple=True, help="Override a key of both configs: key=value.")
 @click.option("--a", "first", default="", help="Overrides of the first config, with spaces between them.")
-@click.option("--b", "second", default="", help="Overrides of the second.")
+@click.option("--b", "others", multiple=True, required=True, help="Overrides of another, each against the first.")
 @click.option("--minutes", multiple=True, type=float, default=(4.0,), show_default=True, help="CPU minutes.")
 @click.option("--seeds", default=1, show_default=True, help="Trainings of each, of seeds 0, 1, ...")
 @click.option("--images", default=500, show_default=True, help="Samples that are measured of each training.")
@@ -69,30 +69,34 @@ def main(
     file: Path,
     common: tuple[str, ...],
     first: str,
-    second: str,
+    others: tuple[str, ...],
     minutes: tuple[float, ...],
     seeds: int,
     images: int,
     to: Path,
 ) -> None:
     fixed = [*common, f"evaluate.images={images}"]
-    configs = {
-        name: load_config(file, [*fixed, *own.split()]) for name, own in zip(NAMES, (first, second), strict=True)
-    }
+    variants = dict(zip(NAMES, (first, *others), strict=False))
+    configs = {name: load_config(file, [*fixed, *own.split()]) for name, own in variants.items()}
     encode(configs["a"], parse_job(None))
     rates = measure_rates(configs)
     runs = [
         trained(configs[name], name, rates[name], budget, seed, to)
         for budget in sorted(minutes)
         for seed in range(seeds)
-        for name in NAMES
+        for name in variants
     ]
-    differences = [difference(runs, budget, seed) for budget in sorted(minutes) for seed in range(seeds)]
+    differences = [
+        difference(baseline, run)
+        for baseline in runs
+        if baseline.variant == "a"
+        for run in runs
+        if run is not baseline and (run.minutes, run.seed) == (baseline.minutes, baseline.seed)
+    ]
     result = {
         "config": str(file),
         "common": list(common),
-        "a": first,
-        "b": second,
+        "variants": variants,
         "images_per_second": rates,
         "samples": images,
         "runs": [
@@ -149,20 +153,19 @@ def trained(config: Config, name: str, rate: float, minutes: float, seed: int, t
     return Trained(name, minutes, seed, images, figures, losses[-1] if losses else None, evaluation)
 
 
-def difference(runs: list[Trained], minutes: float, seed: int) -> dict[str, Any]:
-    """What b has less than a at this time and seed: the kernel distance, sample by sample of the same draws."""
-    a, b = (r for r in runs if (r.minutes, r.seed) == (minutes, seed))
+def difference(a: Trained, b: Trained) -> dict[str, Any]:
+    """What b has more than a of the same time and seed: the kernel distance, sample by sample of the same draws."""
     reference = a.evaluation.training.features
     similarity = mean_similarity(reference, a.evaluation.network.device)
     # features lie in the order of their pixels; here in that of their index, which the draws depend on
     one, other = (Selected(r.samples.features, np.argsort(r.samples.features.indices)) for r in (b, a))
     estimate = kernel_difference(one, other, reference, similarity, a.evaluation.network.device)
     loss = b.heldout_loss - a.heldout_loss if a.heldout_loss and b.heldout_loss else None
-    return {"minutes": minutes, "seed": seed, "heldout_loss": loss, **asdict(estimate)}
+    return {"variant": b.variant, "minutes": b.minutes, "seed": b.seed, "heldout_loss": loss, **asdict(estimate)}
 
 
 def print_table(runs: list[Trained], differences: list[dict[str, Any]]) -> None:
-    """Every training, and below it what b has less than a."""
+    """Every training, and below them what each has more than a."""
     for r in runs:
         shown = (f"{name.rsplit('-', 1)[0]} {_shown(name, r.figures[name])}" for name in _figures(r))
         loss = f"held-out loss {r.heldout_loss:.4f}" if r.heldout_loss else ""
@@ -170,7 +173,7 @@ def print_table(runs: list[Trained], differences: list[dict[str, Any]]) -> None:
     for each in differences:
         low, high = (1000 * bound for bound in each["interval"])
         value = f"{1000 * each['value']:+.1f} ({low:+.1f} to {high:+.1f})"
-        print(f"{each['minutes']:g} CPU min  seed {each['seed']}  b - a  KD x 1000 {value}")
+        print(f"{each['minutes']:g} CPU min  seed {each['seed']}  {each['variant']} - a  KD x 1000 {value}")
 
 
 def draw(runs: list[Trained], file: Path) -> None:
@@ -179,14 +182,14 @@ def draw(runs: list[Trained], file: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for name in NAMES:
+    for color, name in enumerate(sorted({r.variant for r in runs})):
         mine = [r for r in runs if r.variant == name]
         kd = [1000 * np.array([e["value"], *e["interval"]]) for e in (r.figures[_figures(r)[0]] for r in mine)]
         values, low, high = np.array(kd).T
         minutes = np.array([r.minutes for r in mine])
-        axis.errorbar(minutes, values, [values - low, high - values], fmt="o", capsize=3, color=f"C{name == 'b':d}")
+        axis.errorbar(minutes, values, [values - low, high - values], fmt="o", capsize=3, color=f"C{color}")
         times = sorted({*minutes})
-        axis.plot(times, [values[minutes == t].mean() for t in times], color=f"C{name == 'b':d}", label=name)
+        axis.plot(times, [values[minutes == t].mean() for t in times], color=f"C{color}", label=name)
     axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
     axis.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
