@@ -3,11 +3,12 @@
     python -m benchmarks.ablation --config configs/solids.yaml --a train.optimizer=adamw --b train.optimizer=muon \
         --minutes 4 --minutes 10 --seeds 2 --to runs/ablation/muon
 
-Further `--b` are measured against the same a. First all train a few steps in turn, which gives their images/s on this machine. Then each trains for every budget from
-nothing, for as many images as it can see in that time and with its learning rate planned for them, and its samples are
-measured as `latentmill evaluate` does. Minutes are those of one CPU core (or of the GPU, where there is one): four
-minutes on two cores are two by the clock. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
-already is not done again: an interrupted ablation goes on. It needs a machine that does nothing else.
+Further `--b` are measured against the same a. First all train a few steps in turn, which gives their images/s on this
+machine. Then each trains for every budget from nothing, for as many images as it can see in that time and with its
+learning rate planned for them, and its samples are measured as `latentmill evaluate` does. Minutes are those of one CPU
+core (or of the GPU, where there is one): four minutes on two cores are two by the clock. Prints a table, and writes
+`ablation.json` and `ablation.png`. What is there already is not done again: an interrupted ablation goes on. It needs a
+machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.cache import SHARD_ROWS, LatentCache
+from data.cache import SHARD_ROWS, LatentCache, least_shard_rows
 from data.loader import WINDOW_BYTES, WINDOW_ROWS, LatentLoader
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
@@ -191,12 +191,17 @@ def synthetic_cache(path: Path, count: int) -> LatentCache:
         block[:, 0, 0, 0, 0], block[:, 0, 0, 0, 1] = numbers % 2048, numbers // 2048
         return block
 
+    return write_cache(path, noise_plan(count), [str(i) for i in range(count)], np.zeros(count, np.int64), values)
+
+
+def noise_plan(count: int) -> Plan:
+    """The plan of `count` rows of 4x32x32, float16."""
     named = {"source": "none", "class_name": "none", "weights_sha256": "0" * 64, "downsampling": 8}
     vae = VaeIdentity(**named, scaling_factor=1, shift_factor=0)
     stored = {"store": "mean", "dtype": "float16", "views": ("identity",), "shape": (4, 32, 32), "classes": ("noise",)}
-    cut = {"rows": count, "shard_rows": SHARD_ROWS, "batch_size": BATCH, "image_size": 256, "preprocessing": "none"}
-    plan = Plan(**stored, **cut, vae=vae, data_source="none", data_fingerprint="0" * 64, data_bytes=0)
-    return write_cache(path, plan, [str(i) for i in range(count)], np.zeros(count, np.int64), values)
+    cut = {"rows": count, "shard_rows": max(SHARD_ROWS, least_shard_rows(count)), "batch_size": BATCH}
+    given = {"image_size": 256, "preprocessing": "none", "data_source": "none", "data_bytes": 0}
+    return Plan(**stored, **cut, **given, vae=vae, data_fingerprint="0" * 64)
 
 
 def other_format(path: Path, cache: LatentCache, count: int) -> LatentCache:

@@ -20,7 +20,8 @@ from data.source import NO_CLASS
 
 _REMEDY = "`latentmill verify --repair` writes it anew; samples are drawn again where their folder was deleted"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
-SHARD_ROWS = 1024  # rows a file
+SHARD_ROWS = 1024  # rows a file, but for very large caches
+_MOST_SHARDS = 2**14  # all are mapped into memory, often of two caches, and Linux allows a process 65,530 mappings
 ROWS = "rows.jsonl"  # which image each row came from
 FAILURES = "failures.jsonl"  # which images have no latents, and why
 DIGESTS = "digests.txt"  # of the image file of every row, a line each
@@ -122,6 +123,11 @@ class LatentCache:
         for file in (*manifest.shards, *manifest.files):
             if problem := file.size_problem(self.path):
                 raise ValueError(f"{self.path / file.file}: {problem}: {_REMEDY}")
+
+
+def least_shard_rows(rows: int) -> int:
+    """The power of two of rows a shard that leaves no more shards of `rows` rows than can be mapped into memory."""
+    return 1 << (-(-rows // _MOST_SHARDS) - 1).bit_length()
 
 
 def verified(path: Path, plan: Manifest | Draft, name: str) -> bytes:

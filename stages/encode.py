@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, verified
+from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, least_shard_rows, verified
 from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
 from data.rows import Change, Rows, digests_of, listing_of
@@ -144,6 +144,8 @@ def plan_rows(
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
             rows = rows.with_stamps_of(path, found, change.touched)
     plan = make_plan(config, source, rows, vae)
+    if found:  # a cache that grows keeps its shards
+        plan = plan.model_copy(update={"shard_rows": found.shard_rows})
     if found and rows.file == listing_of(found):  # or a copy of the data set would count as another one
         plan = plan.model_copy(update={"data_fingerprint": found.data_fingerprint})
     return plan, rows
@@ -192,6 +194,7 @@ def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Pla
     return Plan(
         **_settings(config, vae),
         rows=len(rows.keys),
+        shard_rows=max(SHARD_ROWS, least_shard_rows(len(rows.keys))),
         classes=rows.classes,
         data_source=source.name,
         data_fingerprint=source.fingerprint(),
@@ -217,7 +220,6 @@ def _settings(config: Config, vae: FrozenVae) -> dict[str, Any]:
         "dtype": config.cache.dtype,
         "views": ("identity", "flip") if config.cache.flip else ("identity",),
         "shape": (2 * channels if config.cache.store == "moments" else channels, side, side),
-        "shard_rows": SHARD_ROWS,
         "batch_size": config.cache.batch_size,
         "image_size": config.data.image_size,
         "vae": vae.identity(),

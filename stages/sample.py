@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cache import FAILURES, SHARD_ROWS
+from data.cache import FAILURES, SHARD_ROWS, least_shard_rows
 from data.generated import SAMPLES
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
@@ -185,7 +185,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         views=("identity",),
         shape=(stored["in_channels"], stored["sample_size"], stored["sample_size"]),
         rows=count,
-        shard_rows=SHARD_ROWS,
+        shard_rows=max(SHARD_ROWS, least_shard_rows(count)),
         batch_size=config.sample.batch_size,
         classes=tuple(checkpoint.state["classes"]),
         data_source=f"samples of {run.resolve().name}",

@@ -15,7 +15,7 @@ import webdataset
 import zarr
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, ROWS, LatentCache
+from data.cache import FAILURES, ROWS, LatentCache, least_shard_rows
 from data.manifest import MANIFEST, Plan
 from data.rows import Rows
 from data.storage import remove, sha256_file
@@ -249,6 +249,14 @@ def test_shards_in_any_order_make_the_same_files(tmp_path: Path, plan: Plan, row
     assert files(forwards.path) == files(backwards.path)
     named = {file.file for file in (*forwards.manifest.shards, *forwards.manifest.files)}
     assert files(forwards.path).keys() == named | {MANIFEST}  # nothing is left over
+
+
+@pytest.mark.parametrize("rows", [1, 2**14, 2**14 + 1, 1_300_000, 2**24 + 1, 100_000_000, 2**40 - 1])
+def test_all_shards_of_any_cache_can_be_mapped_into_memory(rows: int) -> None:
+    shard_rows = least_shard_rows(rows)
+    assert -(-rows // shard_rows) <= 2**14  # of the 65,530 mappings of a process
+    assert shard_rows == 1 or -(-rows // (shard_rows // 2)) > 2**14, "smaller ones would do"
+    assert shard_rows & (shard_rows - 1) == 0, "a power of two, so that chunks of 16 rows divide it"
 
 
 def test_a_finished_cache_is_left_alone(cache: LatentCache, plan: Plan, rows: Rows) -> None:

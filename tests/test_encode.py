@@ -289,6 +289,14 @@ def test_only_what_is_new_is_encoded_into_an_extended_cache(config: Path, format
     assert "all done" in encode(config, f"cache.format={format_}")
 
 
+def test_a_cache_that_grows_keeps_its_rows_a_shard(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(config)
+    add_image(config.parent / "images" / "cat" / "new.png", seed=100)
+    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 64)  # what a larger data set would have
+    encode(config, more=["--extend"])
+    assert [shard.rows for shard in LatentCache(config.parent / "cache").manifest.shards] == [16, 16, 9]
+
+
 @pytest.mark.parametrize("change", ["edit", "delete", "move"])
 def test_a_changed_data_set_is_noticed_and_cannot_extend(config: Path, change: str) -> None:
     encode(config)
