@@ -25,6 +25,7 @@ import click
 import numpy as np
 import torch
 
+from benchmarks.make_all import steps
 from data.storage import publish_json
 from pipeline.evaluation.figures import Selected
 from pipeline.evaluation.kernel import kernel_difference, mean_similarity
@@ -48,6 +49,7 @@ class Trained:
     minutes: float
     seed: int
     images: int
+    took: float  # seconds of training by the clock
     figures: dict[str, Any]
     heldout_loss: float | None
     evaluation: Evaluation
@@ -101,7 +103,7 @@ def main(
         "images_per_second": rates,
         "samples": images,
         "runs": [
-            {"variant": r.variant, "minutes": r.minutes, "seed": r.seed, "images": r.images}
+            {"variant": r.variant, "minutes": r.minutes, "seed": r.seed, "images": r.images, "seconds": r.took}
             | {"heldout_loss": r.heldout_loss, **{n: e for n, e in r.figures.items() if isinstance(e, dict)}}
             for r in runs
         ],
@@ -140,18 +142,20 @@ def trained(config: Config, name: str, rate: float, minutes: float, seed: int, t
     batch = config.train.batch_size
     assert batch != "auto"
     run = to / f"{name}-{minutes:g}min-seed{seed}"
-    if (run / "config.yaml").exists():
-        images = load_config(run / "config.yaml").train.images  # by the rate of then
-    else:
-        images = max(int(rate * seconds(minutes) / batch), 1) * batch
+    before = load_config(run / "config.yaml") if (run / "config.yaml").exists() else None
+    fitting = max(int(rate * seconds(minutes) / batch), 1) * batch
+    images = before.train.images if before else fitting  # by the rate of then
     settings = {"images": images, "seed": seed, "preview_every": images, "checkpoint_every": images}
+    settings["warmup"] = min(config.train.warmup, images // 10)
     config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    if before and any(getattr(before, part) != getattr(config, part) for part in ("cache", "model", "noise", "train")):
+        raise ValueError(f"{run}: a run of other settings: delete it, or give another --to")
     train(config, run)
     evaluation = Evaluation(config, run, None)
     figures = evaluation.receipt()["figures"]["samples"]
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    losses = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
-    return Trained(name, minutes, seed, images, figures, losses[-1] if losses else None, evaluation)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [line["heldout_loss"] for line in log if "heldout_loss" in line]
+    return Trained(name, minutes, seed, images, steps(log), figures, losses[-1] if losses else None, evaluation)
 
 
 def difference(a: Trained, b: Trained) -> dict[str, Any]:
@@ -168,9 +172,13 @@ def difference(a: Trained, b: Trained) -> dict[str, Any]:
 def print_table(runs: list[Trained], differences: list[dict[str, Any]]) -> None:
     """Every training, and below them what each has more than a."""
     for r in runs:
-        shown = (f"{name.rsplit('-', 1)[0]} {_shown(name, r.figures[name])}" for name in _figures(r))
-        loss = f"held-out loss {r.heldout_loss:.4f}" if r.heldout_loss else ""
-        print(f"{r.minutes:g} CPU min  seed {r.seed}  {r.variant}  {r.images:,} images  {'  '.join(shown)}  {loss}")
+        shown = [f"{name.rsplit('-', 1)[0]} {_shown(name, r.figures[name])}" for name in _figures(r)]
+        shown += [f"held-out loss {r.heldout_loss:.4f}"] if r.heldout_loss else []
+        print(
+            f"{r.minutes:g} CPU min, seed {r.seed}: {r.variant}, {r.images:,} images in {r.took:.0f} s",
+            *shown,
+            sep="  ",
+        )
     for each in differences:
         low, high = (1000 * bound for bound in each["interval"])
         value = f"{1000 * each['value']:+.1f} ({low:+.1f} to {high:+.1f})"

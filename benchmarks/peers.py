@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -27,8 +29,8 @@ class Recipe:
     """How a peer is trained to predict the noise of DDPM's linear schedule, at uniform timesteps.
 
     `network` is UNet2DModel or DiTTransformer2DModel; `attention` counts the lowest levels of the U-Net that have it;
-    `rate` is the shape of the learning rate after a warm-up of `warmup` steps; `average` says whether samples are drawn
-    from averaged weights (diffusers' EMAModel with its warm-up).
+    `rate` is the shape of the learning rate after a warm-up of `warmup` steps, or of a tenth of a shorter training;
+    `average` says whether samples are drawn from averaged weights (diffusers' EMAModel with its warm-up).
     """
 
     name: str
@@ -81,34 +83,35 @@ DROPOUT = 0.1  # of labels, for guidance
 
 
 class Peer:
-    """A model in training by a recipe; `predict` is what samplers ask."""
+    """A model in training by a recipe."""
 
     def __init__(
         self,
         recipe: Recipe,
-        ours: LatentUNet,
-        manifest: Manifest,
+        options: dict[str, Any],
         latents: Tensor,
         labels: Tensor,
         *,
         lr: float,
         steps: int,
         batch_size: int,
+        null: int,
         accelerator: Accelerator,
     ) -> None:
-        """`latents` are the normalised means of all images, `N C h w`; the rate is planned for `steps`."""
+        """A new network with `options`; `latents` are the normalised means of all images, `N C h w`; `null` is the
+        class of a dropped label; the rate is planned for `steps`."""
         torch.manual_seed(0)
-        self.recipe, self.accelerator = recipe, accelerator
-        self.null = len(manifest.classes)
-        model = matching(recipe, ours, manifest).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.flops = step_flops(model, ours)
+        self.recipe, self.accelerator, self.null = recipe, accelerator, null
+        model = build(recipe, options)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
-        rate = get_scheduler(recipe.rate, optimizer, num_warmup_steps=recipe.warmup, num_training_steps=steps)
+        warmup = min(recipe.warmup, steps // 10)
+        rate = get_scheduler(recipe.rate, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         loader = DataLoader(TensorDataset(latents, labels), batch_size=batch_size, shuffle=True, drop_last=True)
         self.model, self.optimizer, self.rate, loader = accelerator.prepare(model, optimizer, rate, loader)
-        self.average = EMAModel(self.model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        warming: dict[str, Any] = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+        self.average = EMAModel(self.model.parameters(), decay=0.9999, foreach=True, **warming)
         self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.batches: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
 
@@ -118,8 +121,7 @@ class Peer:
         clean, labels = next(self.batches)
         noise = torch.randn_like(clean)
         times = torch.randint(0, 1000, (len(clean),), device=clean.device)
-        if self.recipe.network == "unet":  # the other drops labels itself
-            labels = torch.where(torch.rand(len(labels), device=labels.device) < DROPOUT, self.null, labels)
+        labels = torch.where(torch.rand(len(labels), device=labels.device) < DROPOUT, self.null, labels)
         with self.accelerator.autocast():
             prediction = self.model(self.schedule.add_noise(clean, noise, times), times, class_labels=labels).sample
         self.accelerator.backward(F.mse_loss(prediction.float(), noise))
@@ -127,33 +129,69 @@ class Peer:
         self.optimizer.step()
         self.rate.step()
         self.optimizer.zero_grad()
-        self.average.step(self.model.parameters())
+        if self.recipe.average:
+            self.average.step(self.model.parameters())
 
-    def predict(self, x: Tensor, timestep: Tensor, labels: Tensor, guidance: float) -> Tensor:
-        """The noise in `x`, with classifier-free guidance."""
-        times = timestep.expand(2 * len(x)).to(x.device)
-        both = torch.cat([labels, torch.full_like(labels, self.null)])
-        with self.accelerator.autocast():
-            conditional, other = self.model(torch.cat([x, x]), times, class_labels=both).sample.float().chunk(2)
-        return other + guidance * (conditional - other)
-
-
-def matching(recipe: Recipe, ours: LatentUNet, manifest: Manifest) -> nn.Module:
-    """The network of `recipe` that comes closest to ours in FLOPs and then in parameters."""
-    return matching_dit(ours, manifest) if recipe.network == "dit" else matching_unet(recipe.attention, ours, manifest)
+    def weights(self) -> dict[str, Tensor]:
+        """What samples are drawn with: the average, where the recipe has one."""
+        if self.recipe.average:
+            self.average.store(self.model.parameters())
+            self.average.copy_to(self.model.parameters())
+        weights = {name: value.clone().contiguous() for name, value in self.model.state_dict().items()}
+        if self.recipe.average:
+            self.average.restore(self.model.parameters())
+        return weights
 
 
-def matching_unet(attention: int, ours: LatentUNet, manifest: Manifest) -> UNet2DModel:
-    """A UNet2DModel of as many levels as ours, with attention in the lowest `attention` of them."""
-    widths = range(64, 321, 16)
-    choices = ((first, last, n) for first in widths[::2] for last in widths if last >= first for n in (1, 2))
-    options = [unet_options(choice, attention, ours, manifest) for choice in choices]
-    return _closest(UNet2DModel, options, ours)
+def build(recipe: Recipe, options: dict[str, Any]) -> ModelMixin:
+    """A new network with the weights that its recipe begins with. Attention is the plain one: the backward pass of
+    torch's bfloat16 kernel takes several times as long on a CPU."""
+    model = DiTTransformer2DModel(**options) if recipe.network == "dit" else UNet2DModel(**options)
+    if recipe.network == "dit":
+        _begin_as_dit(model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+    return model.to(memory_format=torch.channels_last)
 
 
-def matching_dit(ours: LatentUNet, manifest: Manifest) -> DiTTransformer2DModel:
-    """A DiT of patches 2x2 and heads 64 wide, about as deep for its width as those of the paper (width / 32 blocks)."""
-    options = [
+def _begin_as_dit(model: nn.Module) -> None:
+    """The first weights of DiT (Peebles and Xie 2023), which diffusers' class is not made with; and labels are dropped
+    once an image, by whoever trains it, and not in every block."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    for name, module in model.named_modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
+        elif isinstance(module, TimestepEmbedding):
+            nn.init.normal_(module.linear_1.weight, std=0.02)
+            nn.init.normal_(module.linear_2.weight, std=0.02)
+        elif name.endswith(("norm1.linear", "proj_out_1", "proj_out_2")):  # of AdaLN-Zero, and the last ones
+            nn.init.zeros_(module.weight)
+
+
+def predict(model: nn.Module, x: Tensor, timestep: Tensor, *, labels: Tensor, null: int, guidance: float) -> Tensor:
+    """The noise in `x`, with classifier-free guidance."""
+    times = timestep.expand(2 * len(x)).to(x.device)
+    both = torch.cat([labels, torch.full_like(labels, null)])
+    conditional, other = model(torch.cat([x, x]), times, class_labels=both).sample.chunk(2)
+    return other + guidance * (conditional - other)
+
+
+def matching(recipe: Recipe, ours: LatentUNet, manifest: Manifest) -> dict[str, Any]:
+    """Arguments of the network of `recipe` that comes closest to ours in FLOPs and then in parameters."""
+    if recipe.network == "dit":
+        return _closest(DiTTransformer2DModel, dit_options(manifest), ours)
+    return _closest(UNet2DModel, unet_options(recipe.attention, ours, manifest), ours)
+
+
+def dit_options(manifest: Manifest) -> list[dict[str, Any]]:
+    """DiTs of patches 2x2 and heads 64 wide, about as deep for their width as those of the paper: width / 32 blocks."""
+    return [
         {
             "num_attention_heads": heads,
             "attention_head_dim": 64,
@@ -166,13 +204,17 @@ def matching_dit(ours: LatentUNet, manifest: Manifest) -> DiTTransformer2DModel:
         for heads in range(2, 9)
         for depth in range(heads, 4 * heads + 1)
     ]
-    return _closest(DiTTransformer2DModel, options, ours)
 
 
-def unet_options(choice: tuple[int, int, int], attention: int, ours: LatentUNet, manifest: Manifest) -> dict[str, Any]:
-    """Arguments of a UNet2DModel by its first and last width and its blocks a level."""
+def unet_options(attention: int, ours: LatentUNet, manifest: Manifest) -> list[dict[str, Any]]:
+    """UNet2DModels of as many levels as ours, with attention in the lowest `attention` of them."""
+    widths = range(64, 321, 16)
+    choices = ((first, last, n) for first in widths[::2] for last in widths if last >= first for n in (1, 2))
+    return [_unet_options(choice, attention, len(ours.config["channels"]), manifest) for choice in choices]
+
+
+def _unet_options(choice: tuple[int, int, int], attention: int, levels: int, manifest: Manifest) -> dict[str, Any]:
     first, last, blocks = choice
-    levels = len(ours.config["channels"])
     plain = levels - attention
     return {
         "sample_size": manifest.shape[1],
@@ -192,14 +234,14 @@ def unet_options(choice: tuple[int, int, int], attention: int, ours: LatentUNet,
 def step_flops(model: nn.Module, ours: LatentUNet) -> float:
     """Of one image's forward and backward pass, on latents of the size of ours."""
     channels, size = ours.config["in_channels"], ours.config["sample_size"]
-    twin = type(model).from_config(model.config)  # type: ignore[attr-defined]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        twin = type(model).from_config(model.config)  # type: ignore[attr-defined]
         x, times, labels = torch.empty(1, channels, size, size), torch.empty(1), torch.zeros(1).long()
-        twin.to("meta")(x, times, class_labels=labels)
+        twin(x, times, class_labels=labels)
     return 3.0 * counter.get_total_flops()
 
 
-def _closest(kind: Any, options: list[dict[str, Any]], ours: LatentUNet) -> Any:
+def _closest(kind: Any, options: list[dict[str, Any]], ours: LatentUNet) -> dict[str, Any]:
     flops, size = step_flops(ours, ours), ours.num_parameters()
 
     def distance(arguments: dict[str, Any]) -> float:
@@ -207,4 +249,4 @@ def _closest(kind: Any, options: list[dict[str, Any]], ours: LatentUNet) -> Any:
             peer = kind(**arguments)
         return 4 * abs(math.log(step_flops(peer, ours) / flops)) + abs(math.log(peer.num_parameters() / size))
 
-    return kind(**min(options, key=distance))
+    return min(options, key=distance)

@@ -4,7 +4,8 @@
 
 Ours trains anew for each of the times, since its learning rate is planned for the end. The peers are an example of
 diffusers, DiT's recipe and what courses teach, each on a network of our FLOPs (`benchmarks/peers.py`). They train once,
-as long as the longest time, and are measured on the way. Each peer's learning rate is the best of `RATES` after a short
+as long as the longest time, and are measured on the way, where a rate that falls in a cosine has not fallen yet: what
+counts is when ours is as good as they are at the end. Each peer's learning rate is the best of `RATES` after a short
 training, and its guidance and steps of DDIM the best of `GUIDANCES` and `STEPS` at the end; ours takes the config's.
 Minutes are those of one CPU core, or of the GPU. Every set of samples is measured by the code of
 `latentmill evaluate --images`. Prints a table, and writes
@@ -16,6 +17,7 @@ that does nothing else.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,12 +29,13 @@ import click
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.ablation import measure_rates, seconds, trained
-from benchmarks.peers import RECIPES, Peer, Recipe
+from benchmarks.peers import RECIPES, Peer, Recipe, build, matching, predict, step_flops
 from data.cache import LatentCache
 from data.generated import write_npz
+from data.source import digest
 from data.storage import publish, publish_json
 from pipeline.noise import NoiseProcess
 from pipeline.sampling import draw, image_generators, make_scheduler
@@ -67,7 +70,7 @@ def main(
     curves: dict[str, list[dict[str, Any]]] = {"ours": []}
     for budget in sorted(minutes):
         run = trained(config, "ours", rate, budget, config.train.seed, to)
-        curves["ours"].append({"minutes": budget, "images": run.images, **_figures(run.figures)})
+        curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
     for recipe in RECIPES:
         curves[recipe.name] = Contest(recipe, config, to).curve(sorted(minutes), sweep, images)
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
@@ -80,80 +83,96 @@ class Contest:
 
     def __init__(self, recipe: Recipe, config: Config, to: Path) -> None:
         self.recipe, self.config = recipe, config
-        self.folder = to / recipe.name.replace(" ", "-").replace("'", "")
         cache = LatentCache(config.cache.path)
         self.manifest, channels = cache.manifest, cache.manifest.latent_channels
         self.normalization = normalization_of(config, self.manifest, None)
         means = torch.from_numpy(cache.read(np.arange(len(cache))))[:, :, :channels].float()
-        views, self.labels = means.shape[1], torch.from_numpy(cache.labels)
-        self.latents = self.normalization.normalize(means.flatten(0, 1))
-        self.labels_of_latents = self.labels.repeat_interleave(views)
-        self.ours: LatentUNet = build_model(config, self.manifest)
+        views, labels = means.shape[1], torch.from_numpy(cache.labels)
+        self.latents, self.labels = self.normalization.normalize(means.flatten(0, 1)), labels.repeat_interleave(views)
+        ours: LatentUNet = build_model(config, self.manifest)
+        self.options = matching(recipe, ours, self.manifest)
+        network = build(recipe, self.options)
+        self.said = {"parameters": network.num_parameters(), "flops": step_flops(network, ours)}
+        settings = (repr(recipe), repr(self.options), config.model_dump_json(include={"data", "vae", "cache", "train"}))
+        self.folder = to / f"{''.join(c for c in recipe.name if c.isalnum())}-{digest(settings)[:8]}"
         self.vae = FrozenVae(config.vae.source)
 
     def curve(self, minutes: list[float], sweep: float, images: int) -> list[dict[str, Any]]:
         """The figures at each time, with the best rate, guidance and steps."""
         start: dict[str, Any] = {"guidance": 2.0, "steps": STEPS[0]}
-        tried = {lr: self._train(lr, [sweep], f"rate-{lr:g}") for lr in RATES}
-        by_rate = {lr: self._distance(peer, places[0], CHOSEN_WITH, **start) for lr, (peer, places) in tried.items()}
+        by_rate = {lr: self._distance(self._train(lr, [sweep])[0], CHOSEN_WITH, **start) for lr in RATES}
         lr = min(by_rate, key=by_rate.__getitem__)
-        peer, places = self._train(lr, minutes, "best")
+        places = self._train(lr, minutes)
         choices: list[dict[str, Any]] = [{"guidance": g, "steps": s} for g, s in product(GUIDANCES, STEPS)]
-        best = min(choices, key=lambda choice: self._distance(peer, places[-1], CHOSEN_WITH, **choice))
+        best = min(choices, key=lambda choice: self._distance(places[-1], CHOSEN_WITH, **choice))
         print(f"{self.recipe.name}: rate {lr:g}, guidance {best['guidance']:g}, {best['steps']} steps", flush=True)
-        said = {"lr": lr, "by_rate": by_rate, **best}
+        said = {"lr": lr, "by_rate": by_rate, **best, **self.said}
         return [
-            {"minutes": budget, **said, **_figures(self._measure(peer, place, images, **best))}
+            {"minutes": budget, **self._trained(place), **said} | _figures(self._measure(place, images, **best))
             for budget, place in zip(minutes, places, strict=True)
         ]
 
-    def _train(self, lr: float, minutes: list[float], name: str) -> tuple[Peer, list[Path]]:
-        """Train once, to the last of `minutes`; the weights that samples are drawn from, at each of them."""
-        accelerator = connect(self.config.train.precision)
+    def _train(self, lr: float, minutes: list[float]) -> list[Path]:
+        """Train once, for as many steps as fit into the last of `minutes`; the weights to draw with at each time."""
+        folder = self.folder / f"rate{lr:g}-{'-'.join(f'{budget:g}' for budget in minutes)}min"
+        places = [folder / f"{budget:g}min.safetensors" for budget in minutes]
+        if all(place.exists() for place in places):
+            return places
+        per_step = _seconds_a_step(self._peer(lr, 10**6))
+        due = {max(round(seconds(budget) / per_step), 1): place for budget, place in zip(minutes, places, strict=True)}
+        peer = self._peer(lr, max(due))
+        started = time.perf_counter()
+        for step in range(1, max(due) + 1):
+            peer.step()
+            if step in due:
+                spent = time.perf_counter() - started
+                publish_json(due[step].with_suffix(".json"), {"steps": step, "seconds": spent})
+                publish(due[step], safetensors.torch.save(peer.weights()))
+                print(f"{self.recipe.name}: rate {lr:g}, {step:,} steps in {spent:.0f} s", flush=True)
+        return places
+
+    def _peer(self, lr: float, steps: int) -> Peer:
         batch = self.config.train.batch_size
         assert batch != "auto"
-        places = [self.folder / name / f"{budget:g}min.safetensors" for budget in minutes]
+        return Peer(
+            self.recipe,
+            self.options,
+            self.latents,
+            self.labels,
+            lr=lr,
+            steps=steps,
+            batch_size=batch,
+            null=len(self.manifest.classes),
+            accelerator=connect(self.config.train.precision),
+        )
 
-        def peer(steps: int) -> Peer:
-            columns = self.latents, self.labels_of_latents
-            options: dict[str, Any] = {"lr": lr, "steps": steps, "batch_size": batch, "accelerator": accelerator}
-            return Peer(self.recipe, self.ours, self.manifest, *columns, **options)
+    def _trained(self, place: Path) -> dict[str, Any]:
+        """Images seen until `place`, and in what time."""
+        said = json.loads(place.with_suffix(".json").read_text())
+        return {"images": said["steps"] * self.config.train.batch_size, "seconds": said["seconds"]}
 
-        if all(place.exists() for place in places):
-            return peer(1), places
-        made = peer(int(seconds(minutes[-1]) / _seconds_a_step(peer(10**6))))
-        spent, due = 0.0, list(zip(minutes, places, strict=True))
-        while due:
-            started = time.perf_counter()
-            made.step()
-            spent += time.perf_counter() - started
-            if spent >= seconds(due[0][0]):
-                publish(due.pop(0)[1], safetensors.torch.save(_weights(made)))
-                print(f"{self.recipe.name}: rate {lr:g}, {spent / 60:.0f} minutes by the clock", flush=True)
-        return made, places
+    def _distance(self, place: Path, images: int, **choice: Any) -> float:
+        return float(_figures(self._measure(place, images, **choice))["kernel_distance"]["value"])
 
-    def _distance(self, peer: Peer, place: Path, images: int, **choice: Any) -> float:
-        return _figures(self._measure(peer, place, images, **choice))["kernel_distance"]["value"]
-
-    def _measure(self, peer: Peer, place: Path, images: int, *, guidance: float, steps: int) -> dict[str, Any]:
+    def _measure(self, place: Path, images: int, *, guidance: float, steps: int) -> dict[str, Any]:
         """The figures of samples, as `latentmill evaluate --images` has them."""
         file = place.with_name(f"{place.stem}-guidance{guidance:g}-steps{steps}-{images}.npz")
         if not file.exists():
-            peer.model.load_state_dict(safetensors.torch.load(place.read_bytes()))
+            network = build(self.recipe, self.options).eval()
+            network.load_state_dict(safetensors.torch.load(place.read_bytes()))
             classes = np.arange(images) % len(self.manifest.classes)
-            pixels = self._samples(peer, torch.from_numpy(classes), guidance, steps)
+            pixels = self._samples(network, torch.from_numpy(classes), guidance, steps)
             write_npz(file, pixels, classes, self.config.data.image_size)
         figures: dict[str, Any] = Evaluation(self.config, self.folder, str(file)).receipt()["figures"]["samples"]
         return figures
 
     @torch.inference_mode()
-    def _samples(self, peer: Peer, labels: Tensor, guidance: float, steps: int) -> Iterator[np.ndarray]:
-        """uint8 `B S S 3`, a batch at a time, by DDIM."""
-        peer.model.eval()
-        noise = NoiseProcess(schedule="linear", prediction="epsilon")
+    def _samples(self, network: nn.Module, labels: Tensor, guidance: float, steps: int) -> Iterator[np.ndarray]:
+        """uint8 `B S S 3`, a batch at a time, by DDIM, in float32 as ours."""
+        noise, null = NoiseProcess(schedule="linear", prediction="epsilon"), len(self.manifest.classes)
         for chunk in torch.arange(len(labels)).split(BATCH):
             latents = draw(
-                partial(peer.predict, labels=labels[chunk], guidance=guidance),
+                partial(predict, network, labels=labels[chunk], null=null, guidance=guidance),
                 make_scheduler("ddim", noise, steps),
                 shape=self.manifest.shape,
                 generators=image_generators(0, chunk.tolist()),
@@ -168,17 +187,6 @@ def _seconds_a_step(peer: Peer, steps: int = 20) -> float:
     for _ in range(steps):
         peer.step()
     return (time.perf_counter() - started) / steps
-
-
-def _weights(peer: Peer) -> dict[str, Tensor]:
-    """The average, where the recipe has one."""
-    if not peer.recipe.average:
-        return {name: value.contiguous() for name, value in peer.model.state_dict().items()}
-    peer.average.store(peer.model.parameters())
-    peer.average.copy_to(peer.model.parameters())
-    weights = {name: value.clone().contiguous() for name, value in peer.model.state_dict().items()}
-    peer.average.restore(peer.model.parameters())
-    return weights
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +216,8 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
     axis = figure.subplots()
     for name, curve in curves.items():
         distances = [each["kernel_distance"] for each in curve]
-        values, low, high = 1000 * np.array([[d["value"], *d["interval"]] for d in distances]).T
+        rows = [[d["value"], *(d["interval"] or 2 * [d["value"]])] for d in distances]
+        values, low, high = 1000 * np.array(rows).T
         minutes = [each["minutes"] for each in curve]
         axis.errorbar(minutes, values, [values - low, high - values], fmt="o-", capsize=3, label=name)
     axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
@@ -217,7 +226,7 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def _shown(estimate: dict[str, Any]) -> str:
-    low, high = estimate["interval"]
+    low, high = estimate["interval"] or (estimate["value"], estimate["value"])  # none where samples are copies
     return f"{1000 * estimate['value']:.1f} ±{500 * (high - low):.1f}"
 
 

@@ -38,7 +38,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.peers import matching_unet, step_flops
+from benchmarks.peers import RECIPES, matching, step_flops
 from data.cache import LatentCache
 from data.loader import LatentBatch, LatentLoader
 from data.manifest import Manifest
@@ -74,7 +74,7 @@ def main(
     precision = connect(config.train.precision).mixed_precision
     manifest = Manifest.load(config.cache.path)
     model = build_model(config, manifest)
-    twin = matching_unet(1, model, manifest)
+    twin = UNet2DModel(**matching(RECIPES[0], model, manifest))
     flops = {}
     for name, network in (("ours", model), ("UNet2DModel", twin)):
         flops[name] = step_flops(network, model)
@@ -201,10 +201,11 @@ def _encoding(config: Config, images: str) -> Iterator[None]:
     data = config.data
     source = open_source(images, image_size=data.image_size, count=data.count, seed=data.seed, matte=data.matte)
     vae = FrozenVae(config.vae.source, pick_device())
+    drawn = None if source.size else source.load(range(len(source.keys))).pixels  # to draw them is no encoder's work
 
     def read(self: LatentLoader, step: int) -> LatentBatch:
         indices = self.indices(step)
-        pixels = source.load(indices.tolist()).pixels
+        pixels = source.load(indices.tolist()).pixels if drawn is None else drawn[indices]
         if np.random.default_rng(step).random() < 0.5:
             pixels = pixels[:, :, ::-1].copy()
         moments = vae.encode(to_pixels(torch.from_numpy(pixels)))[:, None]
