@@ -2,8 +2,8 @@
 
 The disk that is simulated keeps a file's bytes from the flush of the file on, and a name from the flush of its folder
 on. Of the changes of names since then any may have reached it, in any order: a rename is two of them. So a crash leaves
-one of many states, and of each operation those are tried in which none, one, all but one and all of the changes that are
-pending have survived.
+one of many states, and before each operation those are tried in which none, one, all but one and all of the changes
+that are pending have survived.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 import data.storage
 from data.cache import LatentCache
-from data.manifest import MANIFEST, Plan
 from pipeline.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside_newer
-from tests.test_checkpoint import Parts, trained
-from tests.test_crash import Encode, _in_a_hurry, entries, first, small, tmp_path, use_disk  # noqa: F401: fixtures
+from tests.test_checkpoint import trained
+from tests.test_crash import Encode, _in_a_hurry, entries, first, small, tmp_path, use_disk  # noqa: F401
 
 Tree = tuple[tuple[str, bytes | None], ...]  # every file with its bytes, every folder with None; sorted
 Change = tuple[int, str]  # of the entry of a name in a folder
