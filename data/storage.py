@@ -123,6 +123,18 @@ def staged_folder(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def write_staged(file: Path, payload: bytes) -> str:
+    """Write a file of a folder that is staged; the SHA-256 of what was meant to be written.
+
+    OSError, with the file, when the disk is full or refuses.
+    """
+    with _telling(file, "writing"):
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "wb") as handle:
+            handle.write(payload)
+    return hashlib.sha256(payload).hexdigest()
+
+
 def sweep(folder: Path) -> None:
     """Delete what crashes have left staged in `folder`, to which nobody may be writing."""
     for left in folder.glob(f"{_STAGED}*"):
