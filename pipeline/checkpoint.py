@@ -77,7 +77,7 @@ class Checkpoint:
 
     def model_config(self) -> dict[str, Any]:
         """What its `LatentUNet` was made with."""
-        return json.loads((self.path / EMA[0] / "config.json").read_text(encoding="utf-8"))
+        return json.loads(read(self.path / EMA[0] / "config.json"))
 
 
 def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Path:

@@ -215,7 +215,7 @@ def draw_curves(run: Path) -> None:
     """Publish curves.png: the loss, the loss at each noise level, the gradient's norm, the learning rate, the speed."""
     from matplotlib.figure import Figure
 
-    logged = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    logged = [json.loads(line) for line in read(run / LOG).splitlines()]
     lines, heldout = ([line for line in logged if kind in line] for kind in ("loss", "heldout_loss"))
     scores = [line for line in logged if score_of(line)]
     if not lines:
