@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data import tar_format, zarr_format
 from data.manifest import FAILED, Draft, File, Manifest, Shard
 from data.source import NO_CLASS
+from data.storage import read
 
 _REMEDY = "`latentmill verify --repair` writes it anew; samples are drawn again where their folder was deleted"
 FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": tar_format}
@@ -133,7 +134,7 @@ def least_shard_rows(rows: int) -> int:
 def verified(path: Path, plan: Manifest | Draft, name: str) -> bytes:
     """The bytes of a small file of the cache at `path`, once its hash is one that the manifest or draft records."""
     file = path / name
-    payload = file.read_bytes() if file.is_file() else None
+    payload = read(file) if file.is_file() else None
     if payload is None or File.of(name, payload) not in plan.files:
         remedy = _REMEDY if isinstance(plan, Manifest) else f"delete {path} and write it anew"
         problem = "missing" if payload is None else "damaged: its SHA-256 is not that of what was written"

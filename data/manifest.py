@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from data.storage import checked, checksum, publish_checked, sha256_file
+from data.storage import checked, checksum, publish_checked, read, sha256_file
 
 MANIFEST = "manifest.json"
 FAILED = -1  # the label of a row that has no latents; NO_CLASS is that of an image without a class
@@ -195,7 +195,7 @@ class Manifest(Plan):
         if not file.is_file():
             hint = "it is not finished: run encode again" if cache.is_dir() else "run encode first"
             raise ValueError(f"cache.path: no latent cache at {cache}: {hint}")
-        return parse(cls, file.read_bytes(), file, remedy=f"delete {cache} and write it anew")
+        return parse(cls, read(file), file, remedy=f"delete {cache} and write it anew")
 
 
 def parse(model: type[Model], payload: bytes, file: Path, *, remedy: str) -> Model:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, TextIO
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _held: set[TextIO] = set()  # locks of this process
+_lasting: set[Path] = set()  # folders whose names this process knows to be on the disk
 
 
 def publish(path: Path, payload: bytes) -> None:
@@ -113,11 +114,25 @@ def staged_folder(path: Path) -> Iterator[Path]:
             if mode & ~(now := file.stat().st_mode):
                 os.chmod(file, now | mode)
             _sync(file)
+        for folder in (*(f for f in staged.rglob("*") if f.is_dir()), staged):
+            _sync_folder(folder)
         remove(path)
         os.replace(staged, path)
     finally:
         remove(staged)  # gone already, unless the block or the disk failed
     _sync_folder(path.parent)
+
+
+def write_staged(file: Path, payload: bytes) -> str:
+    """Write a file of a folder that is staged; the SHA-256 of what was meant to be written.
+
+    OSError, with the file, when the disk is full or refuses.
+    """
+    with _telling(file, "writing"):
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "wb") as handle:
+            handle.write(payload)
+    return hashlib.sha256(payload).hexdigest()
 
 
 def sweep(folder: Path) -> None:
@@ -138,19 +153,38 @@ def set_aside(path: Path) -> Path:
 
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log, and have it on the disk."""
-    with _telling(path, "writing"), open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with _telling(path, "writing"):
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, where they are missing."""
-    os.makedirs(path, exist_ok=True)
+    """Make a folder and its parents, where they are missing, and have the names of all of them on the disk.
+
+    A folder that is there already may be of a process that was killed before it had done so.
+    """
+    path = Path(os.path.abspath(path))
+    if path in _lasting and path.is_dir():
+        return
+    if path != path.parent:
+        make_folder(path.parent)
+        try:
+            os.mkdir(path)
+        except OSError:  # of folders above ours it may also say that they cannot be written
+            if not path.is_dir():
+                raise
+        with contextlib.suppress(PermissionError):  # nor read
+            _sync_folder(path.parent)
+    _lasting.add(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds; one that is not there is fine."""
+    """Delete a file or a folder with all it holds, for good; one that is not there is fine."""
     with _telling(path, "deleting"):
         if path.is_dir() and not path.is_symlink():
             for folder, folders, files in os.walk(path, topdown=False):
@@ -161,8 +195,11 @@ def remove(path: Path) -> None:
                     os.unlink(inner) if os.path.islink(inner) else os.rmdir(inner)
             os.rmdir(path)
         else:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.unlink(path)
+            except FileNotFoundError:
+                return
+        _sync_folder(path.parent)
 
 
 def probe(folder: Path, field: str) -> None:

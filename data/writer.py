@@ -33,7 +33,7 @@ from data.manifest import (
 )
 from data.rows import Rows, listing_of
 from data.source import counted, printable
-from data.storage import claim, holder, publish, publish_checked, remove, sha256_file
+from data.storage import claim, holder, publish, publish_checked, read, remove, sha256_file
 
 _PLAN = "plan.json"
 _RECORDS = "records"
@@ -223,7 +223,7 @@ class CacheWriter:
 
     def _publish_rows(self) -> None:
         lines, file = self.rows.lines(), self.path / ROWS
-        if not file.exists() or file.read_bytes() != lines:
+        if not file.exists() or read(file) != lines:
             publish(file, lines)
 
     def _reopen_shard(self, number: int, record: ShardRecord, redo: set[int]) -> None:
@@ -248,7 +248,7 @@ class CacheWriter:
 
     def _kept(self, shard: int) -> KeptShard | None:
         file = self._record(shard, "kept.json")
-        return parse(KeptShard, file.read_bytes(), file, remedy=_ANEW) if file.exists() else None
+        return parse(KeptShard, read(file), file, remedy=_ANEW) if file.exists() else None
 
     def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
         """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
@@ -257,7 +257,7 @@ class CacheWriter:
             if problem := kept.file.problem(self.path):
                 remove(self._record(shard, "kept.json"))
                 raise DamagedShardsError(f"{self.path / kept.file.file}: {problem}: {_again(1)}")
-            publish(copy, (self.path / kept.file.file).read_bytes())
+            publish(copy, read(self.path / kept.file.file))
         layout = self._format.layout(self.plan)
         blocks, rows = np.divmod(np.array(kept.places), layout.rows)
         return layout.map([copy], self.plan)[0, blocks, rows]
@@ -322,7 +322,7 @@ def existing_plan(path: Path) -> Manifest | Draft | None:
     files = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
     planned = None
     with contextlib.suppress(FileNotFoundError):
-        planned = (path / _PLAN).read_bytes()
+        planned = read(path / _PLAN)
     if (path / MANIFEST).exists():
         return Manifest.load(path)
     if planned is not None:
@@ -341,12 +341,12 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
     if not (path / MANIFEST).exists():
         files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
         with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
-            return {int(file.stem): parse(ShardRecord, file.read_bytes(), file, remedy=_ANEW) for file in files}
+            return {int(file.stem): parse(ShardRecord, read(file), file, remedy=_ANEW) for file in files}
     manifest = Manifest.load(path)
     failures: dict[int, list[Failure]] = {}
     listed = next(file for file in manifest.files if file.file == FAILURES)
     if listed.problem(path) is None:
-        for line in (path / FAILURES).read_text(encoding="utf-8").splitlines():
+        for line in read(path / FAILURES).decode().splitlines():
             failure = Failure.model_validate_json(line)
             failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
     digests = ("",) * manifest.rows
@@ -354,7 +354,7 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
         listed = next(file for file in manifest.files if file.file == DIGESTS)
         if listed.problem(path) is not None:
             return {}
-        digests = tuple((path / DIGESTS).read_text(encoding="ascii").split("\n")[:-1])
+        digests = tuple(read(path / DIGESTS).decode().split("\n")[:-1])
     return {
         i: ShardRecord(
             shard=shard,

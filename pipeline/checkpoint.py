@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from data.storage import publish_json, read, remove, set_aside, sha256_file, staged_folder
+from data.storage import publish_json, read, remove, set_aside, sha256_file, staged_folder, write_staged
 from pipeline.ema import Average
 from pipeline.objective import Normalization, Objective
 from pipeline.optimize import STATE
@@ -77,7 +77,7 @@ class Checkpoint:
 
     def model_config(self) -> dict[str, Any]:
         """What its `LatentUNet` was made with."""
-        return json.loads((self.path / EMA[0] / "config.json").read_text(encoding="utf-8"))
+        return json.loads(read(self.path / EMA[0] / "config.json"))
 
 
 def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Path:
@@ -259,15 +259,15 @@ def _publish(
             for tensor in tensors.values():
                 full(tensor)
         return
+    hashes = {}
     with staged_folder(folder) as staged:
         for name, tensors in files.items():
-            file = staged / name
-            file.parent.mkdir(exist_ok=True)
-            save_file({key: full(value.detach()).cpu().contiguous() for key, value in tensors.items()}, file)
-            if file.name == WEIGHTS:
-                model.save_config(file.parent)
-        hashes = {f.relative_to(staged).as_posix(): sha256_file(f) for f in sorted(staged.rglob("*")) if f.is_file()}
-        state = {**state, "sha256": hashes}
+            payload = save({key: full(value.detach()).cpu().contiguous() for key, value in tensors.items()})
+            hashes[name] = write_staged(staged / name, payload)
+            if name.endswith(WEIGHTS):
+                config = str(Path(name).with_name("config.json"))
+                hashes[config] = write_staged(staged / config, model.to_json_string().encode())
+        state = {**state, "sha256": dict(sorted(hashes.items()))}
         publish_json(staged / _STATE, {**state, "seal": _seal(state)})
 
 

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from data.storage import read
 from pipeline.pairs import check_noise, check_sampler, check_weighting, check_width
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -295,7 +296,7 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     if not file.is_file():
         raise ValueError(f"--config: no such file: {file}")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(read(file).decode(), Loader=_Loader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     values = {} if values is None else values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.storage import publish, set_aside
+from data.storage import publish, read, set_aside
 from pipeline.checkpoint import (
     AVERAGES,
     EMA,
@@ -51,11 +51,11 @@ def _check_target(target: Path, images: int) -> None:
 
 
 def _copy_config(source: Path, target: Path) -> None:
-    if not source.exists() or (target.exists() and target.read_bytes() == source.read_bytes()):
+    if not source.exists() or (target.exists() and read(target) == read(source)):
         return
     if target.exists():
         print(f"ema: {target} said something else: it is now {set_aside(target).name}", flush=True)
-    publish(target, source.read_bytes())
+    publish(target, read(source))
 
 
 def _snapshots(folders: list[Path]) -> Iterator[Checkpoint]:

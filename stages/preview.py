@@ -71,7 +71,7 @@ def draw_images(
 
 def draw_strip(run: Path, *, size: int, classes: int) -> None:
     """Publish previews.png: one image a class of every preview of a run or, of many, of some at equal distances."""
-    files = sorted((run / "previews").glob("*.png"))
+    files = sorted(file for file in (run / "previews").glob("*.png") if file.stem.isdecimal())  # not of somebody else
     last = len(files) - 1
     rows = min(len(files), _STRIP_ROWS)
     sheets, captions = [], []

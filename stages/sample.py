@@ -177,7 +177,7 @@ def _batches(rows: range, size: int) -> Iterator[range]:
 
 
 def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
-    stored = json.loads((checkpoint.path / "ema" / "config.json").read_text(encoding="utf-8"))
+    stored = checkpoint.model_config()
     weights = checkpoint.state["sha256"]["ema/diffusion_pytorch_model.safetensors"]
     return Plan(
         store="mean",

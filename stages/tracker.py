@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 from data.storage import publish_json
 from stages.config import Config
+from stages.watch import optional
 
 WAIT = 30  # seconds that a server may take to answer, at the start and at the end
 
@@ -36,20 +37,24 @@ class Tracker:
         for key, entry in values.items():
             places = {f"{key}/{i}": each for i, each in enumerate(entry)} if isinstance(entry, list) else {key: entry}
             flat |= {name: value for name, value in places.items() if isinstance(value, int | float)}
-        if self._wandb:
-            self._wandb.log(flat, step=values["images_seen"])
-        if self._board:
-            for name, value in flat.items():
-                self._board.add_scalar(name, value, values["images_seen"])
+        with optional("tracker"):
+            if self._wandb:
+                self._wandb.log(flat, step=values["images_seen"])
+            if self._board:
+                for name, value in flat.items():
+                    self._board.add_scalar(name, value, values["images_seen"])
+            return
+        self._wandb = self._board = None  # what failed once is not asked again
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._wandb:
-            self._wandb.finish(exit_code=int(kind is not None))
-        if self._board:
-            self._board.close()
+        with optional("tracker"):
+            if self._wandb:
+                self._wandb.finish(exit_code=int(kind is not None))
+            if self._board:
+                self._board.close()
 
 
 def _start_wandb(run: Path, config: Config) -> Any:

@@ -59,7 +59,7 @@ from stages.start import (
     with_batch_size,
 )
 from stages.tracker import Tracker
-from stages.watch import Window, begin_log, draw_curves, log_line, log_measured
+from stages.watch import Window, begin_log, draw_curves, log_line, log_measured, optional
 
 _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
@@ -78,7 +78,8 @@ def train(config: Config, run: Path) -> None:
         config = with_batch_size(config, manifest, checkpoint, accelerator)
         if checkpoint:
             check_resumable(checkpoint, config, manifest)
-            if checkpoint.images_seen >= config.train.images:
+            finished = checkpoint.images_seen >= config.train.images
+            if finished and not unseen(run, checkpoint, config, accelerator):
                 accelerator.print(f"train: all done: {checkpoint.images_seen:,} images seen in {run}")
                 return
         try:
@@ -88,6 +89,27 @@ def train(config: Config, run: Path) -> None:
                 f"out of memory with train.batch_size = {config.train.batch_size}: try train.accumulate=2,"
                 " train.gradient_checkpointing=true or train.batch_size=auto"
             ) from error
+
+
+def due(before: int, images_seen: int, every: int, images: int) -> bool:
+    """Whether the step from `before` to `images_seen` passed a multiple of `every`, or ended a run of `images`; not if
+    `every` is 0."""
+    return every > 0 and (before // every != images_seen // every or images_seen >= images)
+
+
+def preview_file(run: Path, images_seen: int) -> Path:
+    """The picture of samples of that time."""
+    return run / "previews" / f"{images_seen:09d}.png"
+
+
+def unseen(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
+    """Whether `run` was killed when its newest checkpoint was saved, and the preview of that time was not."""
+    seen, settings = checkpoint.images_seen, config.train
+    assert settings.batch_size != "auto"
+    wanted = seen <= settings.images and due(seen - settings.batch_size, seen, settings.preview_every, settings.images)
+    missing = accelerator.is_main_process and wanted and not preview_file(run, seen).exists()
+    answer = torch.tensor(float(missing), device=accelerator.device)
+    return bool(accelerator.reduce(answer, "sum"))  # all processes look, or none
 
 
 class Trainer:
@@ -135,9 +157,10 @@ class Trainer:
             accelerator.print(f"train: {line}")
         self._prepare(model)
         self.guard = FiniteGuard(self.device, deferred=self._can_defer())
-        self.step = 0
+        self.step, self.unseen = 0, False
         if checkpoint:
             self._resume(checkpoint)
+            self.unseen = unseen(run, checkpoint, config, accelerator)
 
     @property
     def images_seen(self) -> int:
@@ -154,10 +177,14 @@ class Trainer:
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
             begin_run_folder(self.run, self.config, anew=not self.step)
-            begin_log(self.run, self.images_seen, (self.step - self.window.steps) * self.batch_size)
+            begin_log(self.run, self.images_seen, (self.step - self.window.steps) * self.batch_size, again=self.unseen)
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
         with Preemption(self.accelerator) as preemption, tracker:
+            if self.unseen:
+                with self.window.paused():
+                    score = self._due(self.images_seen - self.batch_size, settings.eval_every)
+                    self._look(tracker, preview=True, score=score)
             self.window.restart_clock()
             while self.images_seen < settings.images:
                 self._check_cache(wait=False)
@@ -165,13 +192,15 @@ class Trainer:
                 self._update()
                 if self._due(before, settings.log_every):
                     self._log(tracker)
-                previewing, saving = (self._due(before, n) for n in (settings.preview_every, settings.checkpoint_every))
-                scoring = settings.eval_every > 0 and self._due(before, settings.eval_every)
+                previewing, scoring, saving = (
+                    self._due(before, n)
+                    for n in (settings.preview_every, settings.eval_every, settings.checkpoint_every)
+                )
                 with self.window.paused() if previewing or scoring or saving else contextlib.nullcontext():
+                    if saving:
+                        self._save(scheduled=True)
                     if previewing or scoring:
                         self._look(tracker, preview=previewing, score=scoring)
-                    if saving:  # last: once it is there, a rerun does not come back to this step
-                        self._save(scheduled=True)
                 if (number := preemption.agreed()) and self.images_seen < settings.images:
                     self._leave(number, saved=saving)
         self.accelerator.wait_for_everyone()
@@ -322,8 +351,7 @@ class Trainer:
             )
 
     def _due(self, before: int, every: int) -> bool:
-        """Whether the step that began at `before` images passed a multiple of `every`, or ended the run."""
-        return before // every != self.images_seen // every or self.images_seen >= self.config.train.images
+        return due(before, self.images_seen, every, self.config.train.images)
 
     def _log(self, tracker: Tracker) -> None:
         self._check_finite()
@@ -410,18 +438,21 @@ class Trainer:
             settings=self.config.sample.model_copy(update={"guidance": self.guidance}),
         )
         measured: dict[str, Any] = {}
-        if preview and self.heldout:
-            measured |= self.heldout.measure(model, self.normalization)
-        if score and self.score:
-            measured |= self.score.measure(draw(self.score.labels, decoded=PREVIEWED))
+        with optional("held-out loss and score"):
+            if preview and self.heldout:
+                measured |= self.heldout.measure(model, self.normalization)
+            if score and self.score:
+                measured |= self.score.measure(draw(self.score.labels, decoded=PREVIEWED))
         if measured:
             values = {"step": self.step, "images_seen": self.images_seen, **measured}
             log_measured(self.run, values, self.config.train.images)
             tracker.log(values)
         if preview:
-            shown = np.flatnonzero(self.class_counts)[:PREVIEWED]  # of others nothing is learnt
-            labels = np.tile(shown, PER_CLASS)
-            sheet = contact_sheet(draw(labels, decoded=len(shown)), labels.tolist(), self.manifest.classes)
-            save_png(sheet, self.run / "previews" / f"{self.images_seen:09d}.png")
-            draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))
-        draw_curves(self.run)
+            with optional("preview"):
+                shown = np.flatnonzero(self.class_counts)[:PREVIEWED]  # of others nothing is learnt
+                labels = np.tile(shown, PER_CLASS)
+                sheet = contact_sheet(draw(labels, decoded=len(shown)), labels.tolist(), self.manifest.classes)
+                save_png(sheet, preview_file(self.run, self.images_seen))
+                draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))
+        with optional("curves.png"):
+            draw_curves(self.run)

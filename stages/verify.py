@@ -29,7 +29,10 @@ def _verify_one(config: Config, path: Path, *, repair: bool) -> None:
     wrong = []
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="verify", mininterval=1) as bar:
         for file in files:
-            problem = file.problem(path)
+            try:
+                problem = file.problem(path)
+            except OSError as error:  # of this file; the others are to be known, too
+                problem = f"cannot be read: {error.strerror}"
             if problem:
                 wrong.append(file.file)
                 tqdm.write(f"verify: {path / file.file}: {problem}")

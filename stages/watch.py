@@ -132,8 +132,19 @@ class Window:
         return values
 
 
-def begin_log(run: Path, images_seen: int, logged: int) -> None:
-    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off.
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """A block for people to look at, such as a preview: whatever fails in it is one warning, and training goes on."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, PIL, a tracker, memory, the disk: none of it is worth a run
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        print(f"train: {what}: {type(error).__name__}: {reason}: training goes on without it", flush=True)
+
+
+def begin_log(run: Path, images_seen: int, logged: int, *, again: bool) -> None:
+    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off; with `again`
+    what was measured there, too.
 
     Where another line cannot be read, the log as it was is set aside; that is printed, and where it does not reach to
     the last line that the checkpoint knows of, at `logged` images.
@@ -147,7 +158,8 @@ def begin_log(run: Path, images_seen: int, logged: int) -> None:
         print(
             f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
         )
-    kept = {i: v for i, v in enumerate(parsed) if v and v["images_seen"] <= images_seen}
+    last = {True: images_seen, False: images_seen - again}  # of a line of steps, and of a line of what was measured
+    kept = {i: v for i, v in enumerate(parsed) if v and v["images_seen"] <= last["loss" in v]}
     if logged not in (0, *(v["images_seen"] for v in kept.values() if "loss" in v)):
         print(f"train: {log} lacks lines: that at {logged:,} images, and perhaps others before it", flush=True)
     publish(log, b"".join(lines[i] + b"\n" for i in kept))
@@ -203,7 +215,7 @@ def draw_curves(run: Path) -> None:
     """Publish curves.png: the loss, the loss at each noise level, the gradient's norm, the learning rate, the speed."""
     from matplotlib.figure import Figure
 
-    logged = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    logged = [json.loads(line) for line in read(run / LOG).splitlines()]
     lines, heldout = ([line for line in logged if kind in line] for kind in ("loss", "heldout_loss"))
     scores = [line for line in logged if score_of(line)]
     if not lines:

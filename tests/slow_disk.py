@@ -1,22 +1,20 @@
-"""`python -m stages` in which each file of tensors takes half a second to write."""
+"""`python -m stages` in which each file of a checkpoint takes half a second to write."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from torch import Tensor
-
 from pipeline import checkpoint
 from stages.cli import main
 
-SAVE_FILE = checkpoint.save_file
+WRITE = checkpoint.write_staged
 
 
-def slow(tensors: dict[str, Tensor], file: Path) -> None:
+def slow(file: Path, payload: bytes) -> str:
     time.sleep(0.5)
-    SAVE_FILE(tensors, file)
+    return WRITE(file, payload)
 
 
-checkpoint.save_file = slow
+checkpoint.write_staged = slow
 main()

@@ -23,7 +23,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import data.storage
-import pipeline.checkpoint
 from pipeline.checkpoint import (
     checkpoint_folders,
     checkpoint_path,
@@ -40,7 +39,7 @@ from pipeline.objective import Objective
 from pipeline.optimize import make_optimizers
 from pipeline.unet import LatentUNet
 from tests.small_world import tree
-from tests.test_crash import Death, Fault, FullDisk, on_disk, use_disk, was_killed
+from tests.test_crash import Death, FullDisk, on_disk, use_disk, was_killed
 from tests.test_objective import FLOW, draws, normals
 from tests.test_unet import build, scrambled
 
@@ -349,17 +348,6 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pyt
 # A disk that is full, a process that is killed, and weights that are dealt out among processes.
 
 
-def hear_of_tensors(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    """Writing a file of tensors is an operation of the disk, too; safetensors does not do it by way of Python."""
-    real = pipeline.checkpoint.save_file
-
-    def save_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
-        fault("write", None, lambda: real({}, file))
-        real(tensors, file)
-
-    monkeypatch.setattr(pipeline.checkpoint, "save_file", save_file)
-
-
 def save_over(run: Path, made: Parts) -> None:
     save_checkpoint(run, **made._asdict(), state={"images_seen": 12})
     prune_checkpoints(run, keep=1, keep_every=0, interval=6, batch_size=3)
@@ -393,14 +381,11 @@ def test_one_that_is_kept_is_whole_wherever_saving_the_next_one_ends(
             if kind == "full":
                 disk = FullDisk(n, for_good=True)
                 use_disk(patch, disk)
-                hear_of_tensors(patch, disk)
                 with contextlib.suppress(OSError):
                     save_over(run, made)
                 over = disk.count < n
             else:
-                death = Death(n)
-                hear_of_tensors(patch, death)
-                over = not was_killed(on_disk(functools.partial(save_over, run, made), death))
+                over = not was_killed(on_disk(functools.partial(save_over, run, made), Death(n)))
         assert_whole(run, known)
         if over:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import stages.train
 from pipeline.noise import LEVELS
 from stages.config import load_config
 from stages.tracker import Tracker
@@ -91,6 +93,65 @@ def test_the_run_has_its_curves_and_a_strip_of_its_previews(world: World, tmp_pa
             strip.crop((margin, top, margin + tile, top + tile)).tobytes()
             == sheet.crop((sheet.width - tile - 2, 2, sheet.width - 2, 2 + tile)).tobytes()
         )
+
+
+BROKEN_PARTS = {  # of what is for people to look at, and the name that it goes by in the warning
+    "save_png": "preview",
+    "draw_strip": "preview",
+    "draw_curves": "curves.png",
+    "contact_sheet": "preview",
+}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), ValueError("$ in \n a name")])
+@pytest.mark.parametrize("part", BROKEN_PARTS)
+def test_what_is_for_people_to_look_at_never_stops_a_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        assert (tmp_path / "checkpoints" / "000000048").is_dir(), "the checkpoint comes first"
+        raise error
+
+    monkeypatch.setattr(stages.train, part, fail)
+    said = succeed("train", world.config, tmp_path).splitlines()
+    warnings = [line for line in said if "training goes on without it" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"train: {BROKEN_PARTS[part]}: {type(error).__name__}: ")
+    assert tree(tmp_path / "checkpoints") == tree(world.run / "checkpoints")
+
+
+def test_a_tracker_that_fails_is_asked_no_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(world.config)
+    with Tracker("tensorboard", tmp_path, config, images_seen=0, active=True) as tracker:
+        asked = []
+        monkeypatch.setattr(tracker._board, "add_scalar", lambda *values: asked.append(values) or 1 / 0)
+        for step in (1, 2):
+            tracker.log({"images_seen": step, "loss": 0.5})
+    assert len(asked) == 1
+    assert capsys.readouterr().out.count("training goes on without it") == 1
+
+
+def test_a_preview_that_a_crash_has_prevented_is_drawn_by_the_next_run(world: World, tmp_path: Path) -> None:
+    settings = ("train.preview_every=16", "train.checkpoint_every=16")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    succeed("train", world.config, whole, *settings)
+    shutil.copytree(whole, again)
+    (again / "previews" / "000000048.png").unlink()
+    succeed("train", world.config, again, *settings)
+    assert tree(again / "previews") == tree(whole / "previews")
+    assert log_of(again) == log_of(whole)
+
+
+def test_pictures_of_somebody_else_among_the_previews_are_left_out(world: World, tmp_path: Path) -> None:
+    succeed("train", world.config, tmp_path)
+    strip = (tmp_path / "previews.png").read_bytes()
+    (tmp_path / "previews" / "000000048.png").unlink()
+    Image.new("RGB", (3, 3)).save(tmp_path / "previews" / "notes.png")
+    said = succeed("train", world.config, tmp_path)
+    assert "without it" not in said
+    assert (tmp_path / "previews.png").read_bytes() == strip
 
 
 def test_a_loss_below_zero_has_its_curve(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.storage import checked, claim, publish, publish_checked, remove, sha256_file, staged_folder
+from data.storage import checked, claim, publish, publish_checked, read, remove, sha256_file, staged_folder
 from pipeline.evaluation.networks import FeatureNetwork
 
 _READ = 64  # images that are read at a time
@@ -60,7 +60,7 @@ class FeatureSet:
     def __init__(self, folder: Path) -> None:
         """ValueError where a file in `folder` is not what was written."""
         self.folder = folder
-        text = checked((folder / _META).read_bytes())
+        text = checked(read(folder / _META))
         meta: dict[str, Any] = json.loads(text) if text else {"sha256": {_META: ""}}
         if any(sha256_file(folder / file) != sha256 for file, sha256 in meta["sha256"].items()):
             raise ValueError(f"{folder}: damaged: delete it, and the features are computed again")
