@@ -43,7 +43,8 @@ class Reads:
 
 def kept(root: Path) -> dict[str, bytes]:
     """What was finished: shards, checkpoints, pictures; not the marker, logs and locks of a run that begins."""
-    return {name: content for name, content in tree(root).items() if not name.endswith((".jsonl", "curves.png", "run/config.yaml"))}
+    begun = (".jsonl", "curves.png", "run/config.yaml")
+    return {name: content for name, content in tree(root).items() if not name.endswith(begun)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
