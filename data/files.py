@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import zipfile
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,6 +20,7 @@ from data.lists import CLASSES, Label, number_classes, read_classes
 from data.parquet_files import ParquetFiles
 from data.source import NO_CLASS, Batch, NoImagesError, Source, content_digest, digest, printable
 from data.tar_shards import TarShards
+from data.urls import check_url
 
 
 class Container(Protocol):
@@ -97,13 +97,10 @@ def listing_fingerprint(source: Source) -> str:
 
 def open_container(url: str, image_column: str | None = None, label_column: str | None = None) -> Container:
     """The images at a path or URL, in the container that is found there."""
-    # A secret key may hold slashes before its @, so a colon says enough; but a port is a number.
-    if any(re.search(r"://[^/]*(@|:(?!\d*(/|$)))", part) for part in url.split("::")):
-        raise ValueError("data.source: a URL with credentials would end up in logs: give these by the environment")
     try:
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = fsspec.core.url_to_fs(check_url(url))
     except (ImportError, ValueError) as error:
-        raise ValueError(f"data.source: {url}: {error}") from error
+        raise ValueError(f"data.source: {error}") from None
     if fs.isdir(root):
         folder = Folder(fs, root, url, label_column)
         files = _archives_in(fs, root)

@@ -26,11 +26,12 @@ from pydantic import (
 )
 
 from data.storage import read
+from data.urls import check_url
 from pipeline.pairs import check_noise, check_sampler, check_weighting, check_width
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
-Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, a URL or a name
+Place = Annotated[str, AfterValidator(lambda place: check_url(os.path.expanduser(place)))]  # a path, a URL or a name
 
 
 class Section(BaseModel):
@@ -55,7 +56,7 @@ class Data(Section):
         try:
             share = float(value)
         except (TypeError, ValueError):
-            return os.path.expanduser(value) if isinstance(value, str) else value
+            return check_url(os.path.expanduser(value)) if isinstance(value, str) else value
         if not 0 < share < 1:
             raise ValueError(
                 f"{value}: a share is above 0 and below 1, such as 0.02; a folder of that name is ./{value}"

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.files import ImageFiles, open_container
 from data.source import open_source
+from data.urls import check_url
 from tests.pictures import (
     KEYS,
     PICTURES,
@@ -354,6 +355,10 @@ def test_a_file_that_cannot_be_read_is_a_failure_and_no_other_image_is_lost(
         "https://SECRET@example.org/images.zip",
         "zip://*::https://user:SECRET@example.org/images.zip",
         "ftp://user:SECRET@example.org:21/images",
+        "https://example.org/images.zip?sig=SECRET",
+        "https://example.org/images.zip?se=2026&X-Amz-Signature=SECRET",
+        "zip://*::https://example.org/images.zip?sv=1&access_token=SECRET&x=1",
+        "https://example.org/images.zip?AWSAccessKeyId=KEY",
     ],
 )
 def test_a_url_with_credentials_is_refused_and_not_printed(url: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -364,9 +369,33 @@ def test_a_url_with_credentials_is_refused_and_not_printed(url: str, capfd: pyte
     assert "KEY" not in printed
 
 
-@pytest.mark.parametrize("url", ["nosuch://host:8020/a", "nosuch://user/name@main/a:b", "nosuch://a.tar::memory://b"])
+URLS = [
+    "http://host:8020/a",
+    "hf://datasets/user/name@main/a:b",
+    "zip://a.tar::memory://b",
+    "s3://bucket/a?versionId=3",
+]
+
+
+@pytest.mark.parametrize("url", [*URLS, "owner/name", "C:/images", "images/a?b=c"])
 def test_a_port_a_revision_and_a_chain_are_no_credentials(url: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.source: nosuch://.*nosuch"):
+    assert check_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "reference://a",
+        "zip://a::simplecache::github://b",
+        "shell://ls",
+        "ftp://a/b",
+        "filecache::s3://a",
+        "zip://b::cached://c",
+    ],
+)
+def test_other_protocols_are_refused_before_fsspec_hears_of_them(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: pytest.fail(url))
+    with pytest.raises(ValueError, match=r"data\.source: \w+:// is not read"):
         open_container(url)
 
 
