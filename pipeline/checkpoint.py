@@ -58,11 +58,15 @@ class Checkpoint:
         """Of the latents that the model knows."""
         return Normalization(**self.state["normalization"])
 
+    def file(self, name: str) -> Path:
+        """A file of the checkpoint; ValueError where its state lists none of that name: its hash is not known."""
+        if name not in self.state["sha256"]:
+            raise ValueError(f"{self.path / name}: {_STATE} lists no such file")
+        return self.path / name
+
     def ema_weights(self, name: str = EMA[0]) -> dict[str, Tensor]:
         """The averaged weights in the folder `name`; ValueError where they are not those of the model's config."""
-        weights = load_file(self.path / name / WEIGHTS)
-        _require_equal(self.path / name / WEIGHTS, weights, _shapes(self._empty_model().state_dict()))
-        return weights
+        return _load(self.file(f"{name}/{WEIGHTS}"), _shapes(self._empty_model().state_dict()))
 
     def ema_model(self) -> LatentUNet:
         """The averaged model, in evaluation mode."""
@@ -77,7 +81,7 @@ class Checkpoint:
 
     def model_config(self) -> dict[str, Any]:
         """What its `LatentUNet` was made with."""
-        return json.loads(read(self.path / EMA[0] / "config.json"))
+        return json.loads(read(self.file(f"{EMA[0]}/config.json")))
 
 
 def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Path:
@@ -190,10 +194,10 @@ def load_training_state(
     ValueError names the file and the first tensor that is missing, that nothing here has, or that has another shape.
     """
     parameters = dict(objective.named_parameters())
-    for name, value in _load(checkpoint.path / _MODEL, _shapes(parameters)).items():
+    for name, value in _load(checkpoint.file(_MODEL), _shapes(parameters)).items():
         parameters[name].copy_(_as_dealt(value, parameters[name]))
     for name, average in averages.items():
-        for key, value in _load(checkpoint.path / name / WEIGHTS, _shapes(average.tensors)).items():
+        for key, value in _load(checkpoint.file(f"{name}/{WEIGHTS}"), _shapes(average.tensors)).items():
             average.tensors[key].copy_(_as_dealt(value, average.tensors[key]))
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     expected = {
@@ -201,9 +205,9 @@ def load_training_state(
         for name, parameter in parameters.items()
         for kind in STATE[type(owner[parameter])]
     }
-    if checkpoint.state.get("scaler") and not load_file(checkpoint.path / _OPTIMIZER):
+    if checkpoint.state.get("scaler") and not load_file(checkpoint.file(_OPTIMIZER)):
         return  # fp16's scaler has skipped every step
-    for key, value in _load(checkpoint.path / _OPTIMIZER, expected).items():
+    for key, value in _load(checkpoint.file(_OPTIMIZER), expected).items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
         if kind == "step":  # the fused step wants it beside the parameter

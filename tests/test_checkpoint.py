@@ -335,6 +335,29 @@ def test_tensors_that_are_missing_or_of_another_shape_are_refused(
             checkpoint.ema_model()
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "ema_2/diffusion_pytorch_model.safetensors"]
+)
+def test_a_file_whose_hash_is_not_known_is_not_loaded(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(save(tmp_path, 6))
+    del checkpoint.state["sha256"][name]
+    with pytest.raises(ValueError, match=re.escape(f"{checkpoint.path / name}: state.json lists no such file")):
+        load_training_state(checkpoint, *parts(build(seed=1)))
+
+
+def test_files_that_somebody_put_into_a_checkpoint_are_not_loaded(tmp_path: Path) -> None:
+    """An index of shards, for one, sent diffusers' loader to other files."""
+    checkpoint = open_checkpoint(save(tmp_path, 6))
+    weights = checkpoint.ema_weights()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "zeros.safetensors")}
+    folder = checkpoint.path / "ema"
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, folder / "zeros.safetensors")
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    loaded = open_checkpoint(checkpoint.path).ema_model().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
 def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 6)
     monkeypatch.setattr("pipeline.checkpoint.publish_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
