@@ -7,7 +7,6 @@ resize samples is to change the figures that are measured on them.
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 import os
@@ -28,7 +27,7 @@ from data.files import ImageFiles
 from data.images import decode_rgb
 from data.lists import composed
 from data.source import NO_CLASS, Batch, Source, counted, printable
-from data.storage import read, sha256_file, staged_file
+from data.storage import parse_json, read, sha256_file, staged_file
 
 SAMPLES = "samples.json"  # what `latentmill sample` writes of the images that it drew, beside their folder
 _PIECE = 2**20  # bytes that are passed over at once
@@ -332,7 +331,7 @@ def _recorded(folder: Path, keys: Sequence[str]) -> list[str | None] | None:
     if not file.is_file():
         return None
     try:
-        classes = {image["index"]: str(image["class"]) for image in json.loads(read(file))["images"]}
+        classes = {image["index"]: str(image["class"]) for image in parse_json(read(file))["images"]}
         return [classes[int(key.split("-")[0])] for key in keys]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

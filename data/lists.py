@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.source import NO_CLASS, printable
+from data.storage import parse_json
 
 CLASSES = "classes.txt"
 LISTS = ("metadata.csv", "metadata.jsonl", "dataset.json")
@@ -30,7 +30,7 @@ def read_list(payload: bytes, name: str, label_column: str | None) -> dict[str, 
     try:
         text = payload.decode("utf-8-sig")
         if posixpath.basename(name) == "dataset.json":
-            pairs = json.loads(text)["labels"]
+            pairs = parse_json(text)["labels"]
             if pairs is None:
                 return None
             entries = [(file, label) for file, label in (pairs.items() if isinstance(pairs, dict) else pairs)]
@@ -155,9 +155,9 @@ def _lines_of_csv(text: str) -> Iterable[Mapping[str, Any]]:
 def _lines_of_json(text: str) -> Iterable[Mapping[str, Any]]:
     """The objects of JSON lines or of one JSON array."""
     if text.lstrip().startswith("["):
-        lines = json.loads(text)
+        lines = parse_json(text)
     else:
-        lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+        lines = [parse_json(line) for line in text.split("\n") if line.strip()]
     for line in lines:
         if not isinstance(line, dict):
             raise TypeError(f"{str(line)[:60]} is no object with file_name")

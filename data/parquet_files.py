@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ from fsspec import AbstractFileSystem
 
 from data.lists import LABEL_COLUMNS, Label
 from data.source import PerProcess, printable, stamp
+from data.storage import parse_json
 
 
 class ParquetFiles:
@@ -98,7 +98,7 @@ def _columns(
     image = _choose(images, images, image_column, "image", path, schema.names)
     label = _choose(named, labels, label_column, "label", path, schema.names) if labels else None
     assert image
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = (features.get(label) or {}).get("names") if label else None
     return image, label, tuple(names) if names else None
 

@@ -75,6 +75,14 @@ def publish_json(path: Path, value: Any) -> None:
     publish(path, (json.dumps(value, indent=2, ensure_ascii=True) + "\n").encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of anybody says; ValueError where it is none, or nested more deeply than can be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
 def publish_checked(path: Path, value: Mapping[str, Any]) -> None:
     """`publish` an object as indented JSON whose last field, `sha256`, is the SHA-256 of all bytes before it."""
     publish(path, _unclosed(value) + f',\n  "sha256": "{checksum(value)}"\n}}\n'.encode())

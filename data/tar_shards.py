@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 import tarfile
@@ -14,6 +13,7 @@ from fsspec import AbstractFileSystem
 from data.images import is_image
 from data.lists import Label
 from data.source import PassedOver, PerProcess, printable, stamp
+from data.storage import parse_json
 
 MAX_LABEL_BYTES = 2**20  # of a member that only says which class an image has
 _MAX_LINKS = 16  # that lead to one another
@@ -197,7 +197,7 @@ def _label(content: bytes, kind: str) -> Label:
     """The class that a member names; a JSON may be about other things."""
     if kind == "cls":
         return content.decode().strip() or None
-    value = json.loads(content)
+    value = parse_json(content)
     label = value.get("label") if isinstance(value, dict) else None
     if isinstance(label, bool) or not isinstance(label, str | int | None):
         raise TypeError(f"label {label}: an image has one class, a name or a number from 0 on")

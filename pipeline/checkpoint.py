@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from data.storage import publish_json, read, remove, set_aside, sha256_file, staged_folder, write_staged
+from data.storage import parse_json, publish_json, read, remove, set_aside, sha256_file, staged_folder, write_staged
 from pipeline.ema import Average
 from pipeline.objective import Normalization, Objective
 from pipeline.optimize import STATE
@@ -115,7 +115,7 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """The checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, not what was
     written."""
     try:
-        state = json.loads(read(folder / _STATE))
+        state = parse_json(read(folder / _STATE))
         seal, files = state.pop("seal"), state["sha256"].items()
     except (*_ABSENT, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no readable {_STATE}") from None

@@ -298,6 +298,8 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"--config: no such file: {file}")
     try:
         values = yaml.load(read(file).decode(), Loader=_Loader)
+    except RecursionError:
+        raise ValueError(f"{file}: nested too deeply") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     values = {} if values is None else values

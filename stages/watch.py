@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from data.storage import append_line, publish, read, set_aside
+from data.storage import append_line, parse_json, publish, read, set_aside
 from pipeline.cost import peak_flops
 from pipeline.noise import LEVELS, noise_level
 from pipeline.pairs import STEPS
@@ -168,7 +168,7 @@ def begin_log(run: Path, images_seen: int, logged: int, *, again: bool) -> None:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line of the log; None where it is not what `log_line` and `log_measured` write."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:
         return None
     return values if isinstance(values, dict) and any(values.keys() >= keys for keys in _KEYS) else None

@@ -149,6 +149,14 @@ def test_columns_may_be_separated_by_other_marks(tmp_path: Path, separator: str)
     assert reds(opened(tmp_path)) == [("a cat", 10), ("dog", 20), ("dog", 30)]
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "dataset.json"])
+def test_a_list_that_is_nested_too_deeply_is_named(tmp_path: Path, name: str) -> None:
+    listed_folder(tmp_path, name, [("2.png", "dog")])
+    (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}: ValueError: its JSON is nested too deeply"):
+        opened(tmp_path)
+
+
 def test_lines_of_json_may_be_one_array(tmp_path: Path) -> None:
     text = json.dumps([{"file_name": "2.png", "label": "dog"}, {"file_name": "a/1.png", "label": "cat"}], indent=1)
     write_folder(tmp_path, {**LISTED, "metadata.jsonl": text.encode()})
