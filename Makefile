@@ -3,6 +3,7 @@ CONFIG ?= configs/solids.yaml
 NPROC  ?= $(if $(GPU),$(GPUS),1)
 SET    ?=
 RUN    ?=
+TORCH  ?=
 PYTHON ?= python3
 
 BIN    := .venv/bin
@@ -18,6 +19,8 @@ GPU    := $(shell command -v nvidia-smi)
 GPUS    = $(eval GPUS := $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))$(GPUS)
 THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m -- stages
+# which build of torch: without it that of PyPI, for the newest CUDA on Linux; cpu, cu126 and others are at pytorch.org
+INDEX   = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
@@ -33,7 +36,7 @@ setup: $(READY)  ## .venv with pinned versions
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentmill needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 all: sample  ## encode, train and sample: images from nothing

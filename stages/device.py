@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 _MAX_PROCESSES = 32
+_DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's share of the machine, in microseconds a period
 
 
@@ -23,9 +24,24 @@ def process_count(asked: int | str) -> int:
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training."""
+    """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training.
+
+    ValueError where there is an NVIDIA GPU that this build of torch cannot use: on the CPU all would take days.
+    """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    if _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1"):
+        build = (
+            f"is built for CUDA {torch.version.cuda}, for which the driver may be too old"
+            if torch.version.cuda
+            else ("is a build without CUDA")
+        )
+        raise ValueError(
+            f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU; it {build}: install another"
+            " one, as `rm -r .venv; make setup TORCH=cu126`, or set ACCELERATE_USE_CPU=true to use the CPU"
+        )
+    return torch.device("cpu")

@@ -30,8 +30,9 @@ _KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")  # of accelerate's ways to use
 def connect(precision: str) -> Accelerator:
     """Join the processes that were started together; `precision` auto is bf16 where `_computes_bf16`. ValueError when
     they are copies that know nothing of each other, or when this device cannot compute in `precision`."""
+    device = pick_device()
     if precision == "auto":
-        precision = "bf16" if _computes_bf16(pick_device()) else "fp32"
+        precision = "bf16" if _computes_bf16(device) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = True  # for float32 on GPUs that have it, as cuDNN's convolutions do
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[parallel])
