@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data.cache import LatentCache
+from data.memory import host_memory
 from data.storage import human_bytes
 
 # images that a streamed epoch shuffles together, at most; of two such windows all processes hold their shares
@@ -65,7 +65,8 @@ class LatentLoader:
 
     `access` is where batches come from: `resident` on the device, in `memory`, `mapped` from disk, or `streamed` from
     disk window by window, in an order of its own; a window is never longer than an epoch. `auto` takes the first of
-    them for which there is room, and with `streamed` one that has the order of a run that was streamed, or was not.
+    them for which there is room beside the `reserved` bytes that training takes on a GPU, and with `streamed` one that
+    has the order of a run that was streamed, or was not. `sharing` processes of this machine have its memory in common.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class LatentLoader:
         device: torch.device,
         access: str = "auto",
         streamed: bool | None = None,
+        sharing: int = 1,
+        reserved: int = 0,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"train.batch_size = {batch_size} is no multiple of the {world_size} processes")
@@ -90,7 +93,7 @@ class LatentLoader:
         # of the cache alone: the order must not depend on the memory of a machine
         self.window_rows = min(len(cache), WINDOW_ROWS, max(WINDOW_BYTES // row_bytes, 1))
         self._slice_rows = max(_SLICE_BYTES // row_bytes, 1)
-        self.access = _choose(self.size, device, world_size, streamed) if access == "auto" else access
+        self.access = _choose(self.size, device, sharing, reserved, streamed) if access == "auto" else access
         held = {"resident": device, "memory": torch.device("cpu")}.get(self.access)
         self._moments = None if held is None else self._load(held)
         self._batches = _Ahead(self._read)
@@ -190,18 +193,20 @@ def _sent(array: NDArray, device: torch.device) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _choose(size: int, device: torch.device, world_size: int, streamed: bool | None) -> str:
-    """The first way of reading `size` bytes for which there is room: half of what is free, for each process."""
+def _choose(size: int, device: torch.device, sharing: int, reserved: int, streamed: bool | None) -> str:
+    """The first way of reading `size` bytes for which there is room: half of what is free, and on a GPU what is left of
+    it beside the `reserved` bytes. Processes that share a machine map the file, which it then holds once for them all."""
     if streamed:
         return "streamed"
-    host = psutil.virtual_memory()
+    host = host_memory()
     if device.type == "cuda":
-        if size <= torch.cuda.mem_get_info(device)[0] / 2:
+        free = torch.cuda.mem_get_info(device)[0]
+        if size <= min(free / 2, 0.9 * free - reserved):
             return "resident"
         here = "memory"
     else:
         here = "resident"
-    if size * world_size <= host.available / 2:
-        return here
+    if size <= host.available / 2:
+        return here if sharing == 1 else "mapped"
     # pages of a larger cache would not stay in memory
     return "mapped" if size <= host.total or streamed is False else "streamed"

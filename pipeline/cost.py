@@ -71,9 +71,13 @@ def peak_flops(device_name: str, *, half: bool) -> float | None:
 
 
 def fitting_rows(model: LatentUNet, free_bytes: int, *, averages: int, half: bool) -> int:
-    """Images that a process can train on at once: what autograd keeps of them, in 16 bits with `half`, and half as much
-    again for what an operation needs in passing, beside weights, gradients, two moments, averages and a preview's copy.
-    """
-    fixed = 4 * (5 + averages) * sum(parameter.numel() for parameter in model.parameters())
-    image = 1.5 * Cost.of(model).kept_bytes * (0.5 if half else 1)
+    """Images that a process can train on at once in `free_bytes`."""
+    fixed, image = training_bytes(model, averages=averages, half=half)
     return max(int((free_bytes - fixed) / image), 0)
+
+
+def training_bytes(model: LatentUNet, *, averages: int, half: bool) -> tuple[int, float]:
+    """Bytes that training takes: weights, gradients, two moments, averages and a preview's copy; and for each image
+    what autograd keeps of it, in 16 bits with `half`, and half as much again for what an operation needs in passing."""
+    fixed = 4 * (5 + averages) * sum(parameter.numel() for parameter in model.parameters())
+    return fixed, 1.5 * Cost.of(model).kept_bytes * (0.5 if half else 1)

@@ -20,7 +20,12 @@ def process_count(asked: int | str) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if _CPU_LIMIT.is_file() and (quota := _CPU_LIMIT.read_text(encoding="ascii").split())[0] != "max":
         cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
-    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _MAX_PROCESSES))
+    return max(1, min(cores // local_processes(), _MAX_PROCESSES))
+
+
+def local_processes() -> int:
+    """How many processes were started together on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def pick_device() -> torch.device:

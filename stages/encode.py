@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, least_shard_rows, verified
 from data.images import PREPROCESSING
 from data.manifest import MANIFEST, Failure, Manifest, Plan
+from data.memory import host_memory
 from data.rows import Change, Rows, digests_of, listing_of
 from data.source import Batch, NoImagesError, Source, counted, digest, printable
 from data.storage import free_bytes, human_bytes, probe, publish
@@ -338,7 +338,7 @@ def _share_of_work(config: Config, vae: FrozenVae) -> tuple[int, bool]:
     if vae.device.type != "cpu" or not workers:
         return workers, False
     need = vae.encoding_bytes(config.cache.batch_size, config.data.image_size)
-    fitting = psutil.virtual_memory().available // (2 * need)
+    fitting = host_memory().available // (2 * need)
     return (min(workers, fitting), True) if fitting > 1 or workers == 1 else (workers, False)
 
 

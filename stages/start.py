@@ -7,21 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 
 from data.cache import LatentCache
 from data.loader import LatentLoader
 from data.manifest import MANIFEST, Manifest
+from data.memory import host_memory
 from pipeline.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
-from pipeline.cost import fitting_rows
+from pipeline.cost import fitting_rows, training_bytes
 from pipeline.heldout import DRAWS, HeldOut, drawn_images
 from pipeline.noise import NoiseProcess
 from pipeline.objective import Normalization, coordinate_seed
 from pipeline.optimize import lr_at, lr_course
 from pipeline.unet import LatentUNet
 from stages.config import Config, Model, Train, heldout_path
+from stages.device import local_processes
 from stages.launch import computer
 
 _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
@@ -260,6 +261,8 @@ def open_loader(
         device=accelerator.device,
         access=train.access,
         streamed=checkpoint.state["train"]["access"] == "streamed" if checkpoint else None,
+        sharing=local_processes(),
+        reserved=_training_bytes(config, cache.manifest, accelerator) if accelerator.device.type == "cuda" else 0,
     )
     if checkpoint and (checkpoint.state["train"]["access"] == "streamed") != (loader.access == "streamed"):
         kind = "mapped" if loader.access == "streamed" else "streamed"
@@ -319,4 +322,15 @@ def _free_memory(accelerator: Accelerator) -> int:
     """Bytes that this process can have: of its GPU, or its share of the machine's."""
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
-    return psutil.virtual_memory().available // accelerator.num_processes
+    return host_memory().available // local_processes()
+
+
+def _training_bytes(config: Config, manifest: Manifest, accelerator: Accelerator) -> int:
+    """What the model takes of a GPU, with this process's part of a batch."""
+    train = config.train
+    assert train.batch_size != "auto"
+    with torch.device("meta"):
+        model = build_model(config, manifest)
+    averages = 2 if train.ema == "power" else 1
+    fixed, image = training_bytes(model, averages=averages, half=accelerator.mixed_precision != "no")
+    return fixed + int(image * train.batch_size / (accelerator.num_processes * train.accumulate))

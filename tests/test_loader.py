@@ -211,6 +211,20 @@ def test_latents_are_held_where_there_is_room_and_it_is_said(
     assert said in batches.describe()
 
 
+def test_processes_that_share_a_machine_map_the_cache_which_it_then_holds_once(cache: LatentCache) -> None:
+    assert make_loader(cache).access == "resident"
+    assert make_loader(cache, sharing=2).access == "mapped"
+
+
+@pytest.mark.parametrize(("reserved", "access"), [(0, "resident"), (10**6, "memory")])
+def test_a_gpu_holds_the_cache_where_the_model_has_room_beside_it(
+    cache: LatentCache, monkeypatch: pytest.MonkeyPatch, reserved: int, access: str
+) -> None:
+    size = len(cache) * cache.manifest.row_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size + 10**6, 2**40))
+    assert loader._choose(size, torch.device("cuda"), 1, reserved, None) == access
+
+
 @pytest.mark.parametrize(
     ("streamed", "room", "access"),
     [(True, 2**40, "streamed"), (False, 0, "mapped"), (False, 2**40, "resident"), (None, 0, "streamed")],
