@@ -18,7 +18,7 @@ GPU    := $(shell command -v nvidia-smi)
 # counted when it is first asked for, by when .venv is there, and once
 GPUS    = $(eval GPUS := $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))$(GPUS)
 THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
-TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m -- stages
+TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --shutdown-timeout 600 --nproc_per_node $(NPROC) -m -- stages
 # which build of torch: without it that of PyPI, for the newest CUDA on Linux; cpu, cu126 and others are at pytorch.org
 INDEX   = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)

@@ -195,7 +195,7 @@ def _sent(array: NDArray, device: torch.device) -> Tensor:
 
 def _choose(size: int, device: torch.device, sharing: int, reserved: int, streamed: bool | None) -> str:
     """The first way of reading `size` bytes for which there is room: half of what is free, and on a GPU what is left of
-    it beside the `reserved` bytes. Processes that share a machine map the file, which it then holds once for them all."""
+    it beside the `reserved` bytes. Processes that share a machine map the files, which it then holds once for all."""
     if streamed:
         return "streamed"
     host = host_memory()
