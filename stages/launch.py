@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from stages.device import pick_device
 
+_PATIENCE = timedelta(hours=2)  # for one process that compares the hashes of a large cache, or saves
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # how many copies the launchers torchrun and accelerate, Open MPI and MPICH, and srun say that they started
 _COPIES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -35,7 +37,9 @@ def connect(precision: str) -> Accelerator:
         precision = "bf16" if _computes_bf16(device) else "fp32"
     torch.backends.cuda.matmul.allow_tf32 = True  # for float32 on GPUs that have it, as cuDNN's convolutions do
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[parallel])
+    patient = InitProcessGroupKwargs(timeout=_PATIENCE)
+    mixed = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[parallel, patient])
     for name in _COPIES:
         if int(os.environ.get(name) or 1) > accelerator.num_processes:
             raise ValueError(
@@ -106,7 +110,7 @@ class Preemption:
     def __init__(self, accelerator: Accelerator) -> None:
         self._received, self._main = 0, accelerator.is_main_process
         # over the network and not the devices: to agree, none of them has to be waited for
-        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> Preemption:
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in SIGNALS}

@@ -84,6 +84,7 @@ def train(config: Config, run: Path) -> None:
                 return
         try:
             Trainer(config, run, accelerator, checkpoint).run_to_the_end()
+            accelerator.end_training()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"out of memory with train.batch_size = {config.train.batch_size}: try train.accumulate=2,"
@@ -371,6 +372,7 @@ class Trainer:
         """A checkpoint; one that is `scheduled` leaves the power-function averages in the run for good."""
         self._check_finite()
         self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
+        self.accelerator.wait_for_everyone()  # which other machines say of their files
         settings = self.config.train
         state = {
             "step": self.step,
