@@ -250,7 +250,8 @@ def open_loader(
     if train.batch_size % share:
         raise ValueError(
             f"train.batch_size = {train.batch_size} is no multiple of {share}, the {accelerator.num_processes}"
-            f" processes times train.accumulate = {train.accumulate}"
+            f" processes times train.accumulate = {train.accumulate}: train.batch_size="
+            f"{-(-train.batch_size // share) * share} is the next one"
         )
     loader = LatentLoader(
         cache,
