@@ -150,7 +150,11 @@ def begin_log(run: Path, images_seen: int, logged: int, *, again: bool) -> None:
     the last line that the checkpoint knows of, at `logged` images.
     """
     log = run / LOG
-    *lines, _ = read(log).split(b"\n") if log.exists() else [b""]
+    text = read(log) if log.exists() else b""
+    if zeros := text.count(0):  # where a file had grown, and its bytes had not reached the disk
+        print(f"train: left out {zeros:,} NUL bytes of {log}, which a crash left there", flush=True)
+    *lines, _ = text.replace(b"\0", b"").split(b"\n")
+    lines = [line for line in lines if line]
     parsed = [_parsed(line) for line in lines]
     damaged = [number for number, values in enumerate(parsed, 1) if not values]
     if damaged:

@@ -158,6 +158,20 @@ def test_damage_to_any_file_of_a_run_is_said_and_ends_in_the_same_bytes(world: W
             assert after[file] == content or f"checkpoints/{file}" == name, (name, file)
 
 
+@pytest.mark.parametrize("zeros", [b"\0" * 4096, b"\0" * 50 + b"\n", b"\0\n\0\n"])
+def test_nul_bytes_that_a_crash_left_in_the_log_are_dropped_with_a_word(
+    world: World, tmp_path: Path, zeros: bytes
+) -> None:
+    run = tmp_path / "run"
+    succeed("train", world.config, run, "train.images=24")
+    with open(run / "log.jsonl", "ab") as log:
+        log.write(zeros)
+    printed = succeed("train", world.config, run)
+    assert f"left out {zeros.count(0):,} NUL bytes of {run / 'log.jsonl'}" in printed
+    assert log_of(run) == log_of(world.run)
+    assert not (run / "log.jsonl.1").exists()
+
+
 @pytest.mark.parametrize("damage", [b"loss", b'"images_seen"', b'{"step"'])
 def test_a_line_of_the_log_that_cannot_be_read_is_left_out_aloud(world: World, tmp_path: Path, damage: bytes) -> None:
     run = tmp_path / "run"
