@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,6 +95,10 @@ class PassedOver:
         return [f"passed over: {', '.join(kinds)}"] if kinds else []
 
 
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: control, format, ends of lines and paragraphs
+_JOINERS = "\u200c\u200d"  # format characters that are part of words, and of emoji
+
+
 def digest(lines: Iterable[str]) -> str:
     """SHA-256 of lines of text."""
     sha = hashlib.sha256()
@@ -103,8 +108,10 @@ def digest(lines: Iterable[str]) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name with bytes that are not UTF-8 as backslash escapes: JSON cannot hold them."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name or a message of somebody else for a line of a terminal or a log: as backslash escapes bytes that are not
+    UTF-8, which JSON cannot hold, and all that would end the line, move the cursor or turn the text around."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN and c not in _JOINERS else c for c in text)
 
 
 def content_digest(payload: bytes) -> str:

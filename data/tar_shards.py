@@ -181,7 +181,8 @@ def _check_pairs(
         wanted = {key.casefold(): key for key in left}
         pair = next(((key, wanted[key.casefold()]) for key in alone if key.casefold() in wanted), (alone[0], left[0]))
         raise ValueError(
-            f"data.source: {printable(path)}: {images[pair[0]].name} has no label, and {labels[pair[1]][0].name} no"
+            f"data.source: {printable(path)}: {printable(images[pair[0]].name)} has no label, and"
+            f" {printable(labels[pair[1]][0].name)} no"
             " image: the two of a sample have one name up to the first dot, letter for letter"
         )
     for key in left:

@@ -38,12 +38,15 @@ def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except Exception as error:  # the one place where any failure becomes a line; --debug shows all of it
+            from data.source import printable
+
             if debug or isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
                 raise
             user_error = isinstance(error, ValueError)
             text = str(error) if user_error else f"{type(error).__name__}: {error} (--debug shows where)"
             rank = int(os.environ.get("RANK", "0"))
-            click.echo(f"error{f' in process {rank}' if rank else ''}: {' '.join(text.split())}", err=True)
+            where = f" in process {rank}" if rank else ""
+            click.echo(f"error{where}: {printable(' '.join(text.split()))}", err=True)
             sys.exit(2 if user_error else 1)
 
     return click.option("--debug", is_flag=True, help="Show the trace of an error.")(wrapped)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.cache import LatentCache
 from data.manifest import Manifest
+from data.source import printable
 from data.storage import claim, probe, sweep
 from pipeline.checkpoint import (
     AVERAGES,
@@ -332,7 +333,7 @@ class Trainer:
         bad = self.loader.indices(step)[~errors.isfinite().cpu().numpy()]
         cache = self.loader.cache
         keys = cache.keys() if len(bad) else []
-        named = [f"{keys[i]} of {cache.shard_of(i).file}" for i in bad[:3]] + ["..."] * (len(bad) > 3)
+        named = [f"{printable(keys[i])} of {cache.shard_of(i).file}" for i in bad[:3]] + ["..."] * (len(bad) > 3)
         share = f"{len(errors)} images of process {self.accelerator.process_index}"
         what = f"{len(bad)} of the {share} ({', '.join(named)})" if named else f"none of the {share} by itself"
         raise FloatingPointError(

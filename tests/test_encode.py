@@ -289,6 +289,21 @@ def test_only_what_is_new_is_encoded_into_an_extended_cache(config: Path, format
     assert "all done" in encode(config, f"cache.format={format_}")
 
 
+def test_names_can_neither_end_a_line_nor_command_the_terminal(config: Path) -> None:
+    evil = "\x1b[2K\rencode: all done\n\u202egnp"
+    (config.parent / "images" / "cat" / f"{evil}.png").write_bytes(b"no picture")
+    add_image(config.parent / "images" / f"bird{evil}" / "1.png", seed=1)
+    result = run_stage("encode", config, config.parent)
+    assert result.exit_code == 0, result.output
+    assert not any(c in result.output.replace("\r", "") for c in "\x1b\u202e")
+    assert "encode: all done" not in result.output.splitlines()
+    assert r"cat/\x1b[2K\rencode: all done\n\u202egnp.png: UnidentifiedImageError" in result.output
+    cache = LatentCache(config.parent / "cache")
+    assert cache.manifest.classes[0] == r"bird\x1b[2K\rencode: all done\n\u202egnp"
+    said = run_stage("info", config, config.parent / "run").output
+    assert "\x1b" not in said
+
+
 def test_a_cache_that_grows_keeps_its_rows_a_shard(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(config)
     add_image(config.parent / "images" / "cat" / "new.png", seed=100)
