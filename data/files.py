@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.folder import Folder, part_of
 from data.images import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image
-from data.lists import CLASSES, Label, number_classes, read_classes
+from data.lists import CLASSES, MAX_CLASSES_BYTES, Label, number_classes, read_classes, read_limited
 from data.parquet_files import ParquetFiles
 from data.source import NO_CLASS, Batch, NoImagesError, Source, content_digest, digest, printable
 from data.tar_shards import TarShards
@@ -138,7 +138,7 @@ def _open_archives(
     infos = {file.removeprefix(top).lstrip("/"): fs.info(file) for file in files}
     if suffixes == {".tar"}:
         listed = posixpath.join(posixpath.dirname(files[0]), CLASSES)
-        classes = read_classes(fs.cat_file(listed)) if fs.exists(listed) else None
+        classes = read_classes(read_limited(fs, listed, MAX_CLASSES_BYTES)) if fs.exists(listed) else None
         return TarShards(fs, infos, classes, image_column)
     if suffixes == {".parquet"}:
         return ParquetFiles(fs, infos, image_column, label_column)

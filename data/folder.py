@@ -14,7 +14,17 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from data.images import HEAD_BYTES, SUFFIXES, begins_as_image
-from data.lists import CLASSES, LISTS, Label, composed, read_classes, read_list
+from data.lists import (
+    CLASSES,
+    LISTS,
+    MAX_CLASSES_BYTES,
+    MAX_LIST_BYTES,
+    Label,
+    composed,
+    read_classes,
+    read_limited,
+    read_list,
+)
 from data.source import PassedOver, PerProcess, printable, stamp
 
 MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
@@ -57,7 +67,9 @@ class Folder:
             self._root, url = self._path(top), f"{url.rstrip('/')}/{top}"
             images, others = _within(images, top, self.passed), _within(others, top, self.passed)
             top = _only_folder(images, others)
-        self.classes = read_classes(fs.cat_file(self._path(CLASSES))) if CLASSES in others else None
+        self.classes = None
+        if CLASSES in others:
+            self.classes = read_classes(read_limited(fs, self._path(CLASSES), MAX_CLASSES_BYTES))
         if self.classes is None:
             _refuse_parts(images, url)
         labels = self._labels(images, others, label_column)
@@ -116,7 +128,7 @@ class Folder:
         lists = [key for key in others if posixpath.basename(key) in LISTS]
         on_disk = {composed(key): key for key in [*images, *others]}
         for name in lists:
-            payload = self._fs.here().cat_file(self._path(name))
+            payload = read_limited(self._fs.here(), self._path(name), MAX_LIST_BYTES)
             for file, label in (read_list(payload, name, label_column) or {}).items():
                 key = posixpath.join(posixpath.dirname(name), file)
                 key = on_disk.get(composed(key)) or on_disk.get(composed(key.replace("\\", "/"))) or key

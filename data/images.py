@@ -26,6 +26,9 @@ _HEADS = re.compile(  # how a file of each format but PPM begins, whose two lett
     re.DOTALL,
 )
 MAX_PIXELS = 100_000_000  # larger pictures are refused by their header, before any memory is taken
+MAX_SCANS = 200  # of a JPEG file; a progressive one has about ten
+_SCAN = b"\xff\xda"  # which begins one, and is nowhere in the data of another
+_PIXELS_AT_A_TIME = 2**20
 PREPROCESSING = "v1: EXIF rotation, RGB over {matte}, shorter side resized (bicubic), centre crop"
 DECODER_ERRORS = (  # what Pillow's decoders raise for damaged files; each is recorded with the image's key
     OSError,
@@ -80,6 +83,8 @@ def decode_image(payload: bytes, size: int, matte: str = "white") -> NDArray[np.
 def decode_rgb(payload: bytes, matte: str = "white") -> Image.Image:
     """One image file's bytes as an RGB image of its own size: `decode_image` before it resizes and crops."""
     with _open(payload) as file:
+        if file.format == "JPEG" and (scans := payload.count(_SCAN)) > MAX_SCANS:
+            raise ValueError(f"{scans} scans, over the limit of {MAX_SCANS}: each is decoded over all pixels")
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width}x{file.height} pixels, over the limit of {MAX_PIXELS}")
         return _upright(_to_rgb(file, matte), file.getexif().get(ExifTags.Base.Orientation))
@@ -126,8 +131,13 @@ def _to_rgb(image: Image.Image, matte: str) -> Image.Image:
 
 def _scale_grey(image: Image.Image) -> Image.Image:
     """16-bit greys span 0..65535, floats 0..1: Pillow's own conversion saturates the former and blackens the latter."""
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("a pixel is NaN or infinite")
+    scaled = np.empty((image.height, image.width), np.uint8)
     top = 1.0 if image.mode == "F" else 65535.0
-    return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    rows = max(_PIXELS_AT_A_TIME // image.width, 1)  # float64 of all pixels would take eight times the picture
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        values = np.asarray(strip, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("a pixel is NaN or infinite")
+        scaled[start : start + rows] = np.rint(np.clip(values / top, 0, 1) * 255)
+    return Image.fromarray(scaled)

@@ -10,16 +10,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from data.source import NO_CLASS, printable
 from data.storage import parse_json
 
 CLASSES = "classes.txt"
+MAX_CLASSES_BYTES, MAX_LIST_BYTES = 2**24, 2**30
 LISTS = ("metadata.csv", "metadata.jsonl", "dataset.json")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 ONE_CLASS = "images"  # the name of the class of a data set without classes
 Label = str | int | None  # as written, or a number of a typed column; None where an image has none
+
+
+def read_limited(fs: AbstractFileSystem, path: str, limit: int) -> bytes:
+    """A small file; ValueError where it is larger, as a few bytes of a zip file can say and unpack to."""
+    size = int(fs.info(path)["size"] or 0)
+    if size > limit:
+        raise ValueError(f"data.source: {printable(path)}: {size:,} bytes, over the limit of {limit:,}")
+    return bytes(fs.cat_file(path))
 
 
 def read_list(payload: bytes, name: str, label_column: str | None) -> dict[str, Label] | None:

@@ -52,5 +52,5 @@ def _group(folder: Path, limit: str, used: str, reclaimable: str) -> Memory | No
         return None
     if total == "max":
         return None
-    free = sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable)
+    free = sum(int(line.split()[1]) for line in lines if line.startswith(f"{reclaimable} "))
     return Memory(int(total), int(total) - int(current) + free)

@@ -12,6 +12,9 @@ from data.lists import LABEL_COLUMNS, Label
 from data.source import PerProcess, printable, stamp
 from data.storage import parse_json
 
+MAX_GROUP_BYTES = 2**31  # of images in a row group, which is held in memory, or of labels in a file
+_ROWS_AT_A_TIME = 64
+
 
 class ParquetFiles:
     """Parquet files with a column of image files, `{bytes, path}` or plain binary, and one of labels."""
@@ -80,7 +83,21 @@ def _parquet(files: ParquetFiles, path: str, pid: int) -> Any:
 @functools.lru_cache(maxsize=2)
 def _row_group(files: ParquetFiles, path: str, group: int, pid: int) -> Any:
     """The column of images of a row group, which is read whole: neighbours are asked for next."""
-    return _parquet(files, path, pid).read_row_group(group, columns=[files.image]).column(0)
+    return _column(_parquet(files, path, pid), files.image, MAX_GROUP_BYTES, row_groups=[group])
+
+
+def _column(file: Any, column: str, limit: int, **options: Any) -> Any:
+    """A column, read in small parts; ValueError where it is larger than `limit` bytes: a value that many rows refer to
+    stands in the file once."""
+    import pyarrow
+
+    parts, size = [], 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[column], use_threads=False, **options):
+        parts.append(batch.column(0))
+        size += parts[-1].nbytes
+        if size > limit:
+            raise ValueError(f"column {column}: over the limit of {limit:,} bytes")
+    return pyarrow.chunked_array(parts)
 
 
 def _columns(
@@ -135,7 +152,7 @@ def _holds_files(kind: Any) -> bool:
 
 def _labels(file: Any, column: str, name: str) -> list[Label]:
     """A column as labels: whole numbers, texts, or None where there is none; ValueError names column, row and value."""
-    values = file.read([column]).column(0).to_pylist()
+    values = _column(file, column, MAX_GROUP_BYTES).to_pylist() if file.metadata.num_rows else []
     if all(type(value) in (int, str) for value in values):
         return values
     labels: list[Label] = []

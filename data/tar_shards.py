@@ -113,6 +113,18 @@ def _samples(file: Any, path: str, passed: PassedOver, image_column: str | None)
         yield key, place, labels[key][1] if key in labels else None
 
 
+class _Headers:
+    """A tar as tarfile reads it, which is all but the members' contents: a long name may be said to have any length."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.tell, self.seek = file, file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_LABEL_BYTES:
+            raise ValueError(f"a header of {size:,} bytes, over the limit of {MAX_LABEL_BYTES:,}")
+        return self._file.read(size)
+
+
 def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
     """Every plain member of a tar, and what links inside it lead to, under the link's name; others are counted.
 
@@ -121,7 +133,7 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
     places: dict[str, _Place] = {}
     links: dict[str, str] = {}
     written: dict[str, str] = {}  # names as they are in the tar, and where
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             name = posixpath.normpath(member.name).lstrip("/")
             if ".." in member.name.split("/") or posixpath.basename(name).startswith("."):
@@ -141,7 +153,7 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
             elif not member.isdir():
                 passed.add("no plain file", f"{path}/{member.name}")
             written[name] = f"{member.name} at byte {member.offset}"
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            tar.members.clear()
         file.seek(tar.offset)  # tarfile takes all but the first damaged header for the end, which is a zero block
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(f"truncated or damaged at byte {tar.offset}")

@@ -14,6 +14,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+import data.urls
 from data.files import ImageFiles, open_container
 from data.source import open_source
 from data.urls import check_url
@@ -117,8 +118,11 @@ class Remote(AsyncFileSystemWrapper):
 
 
 @pytest.mark.parametrize("name", [name for name in PLACES if name.endswith("memory")])
-def test_a_connection_that_does_not_survive_a_fork_is_made_anew(tmp_path: Path, name: str) -> None:
+def test_a_connection_that_does_not_survive_a_fork_is_made_anew(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsspec.register_implementation("remote", Remote, clobber=True)
+    monkeypatch.setattr(data.urls, "PROTOCOLS", (*data.urls.PROTOCOLS, "remote"))
     images = opened(PLACES[name](tmp_path).replace("memory:", "remote:"))
     assert reds(images) == REDS
     (batch,) = in_forks(images, range(5), 1)
