@@ -297,7 +297,7 @@ def test_names_can_neither_end_a_line_nor_command_the_terminal(config: Path) -> 
     assert result.exit_code == 0, result.output
     assert not any(c in result.output.replace("\r", "") for c in "\x1b\u202e")
     assert "encode: all done" not in result.output.splitlines()
-    assert r"cat/\x1b[2K\rencode: all done\n\u202egnp.png: UnidentifiedImageError" in result.output
+    assert r"cat/\x1b[2K\rencode: all done\n\u202egnp.png: ValueError" in result.output
     cache = LatentCache(config.parent / "cache")
     assert cache.manifest.classes[0] == r"bird\x1b[2K\rencode: all done\n\u202egnp"
     said = run_stage("info", config, config.parent / "run").output

@@ -219,7 +219,7 @@ def test_muon_moves_matrices_and_kernels_and_adamw_the_rest() -> None:
     kinds = {name: kind for name, (kind, _) in groups_of(objective, "muon").items()}
     assert set(kinds.values()) == {Muon, torch.optim.AdamW}
     for name, parameter in objective.named_parameters():
-        other = any(word in name for word in ("classes", "positions", "conv_in", "conv_out"))
+        other = any(word in name for word in ("classes", "positions", "conv_in", "conv_out", "time", "modulation"))
         inner = parameter.ndim >= 2 and not other
         assert kinds[name] is (Muon if inner else torch.optim.AdamW), name
 

@@ -99,12 +99,17 @@ BROKEN_PARTS = {  # of what is for people to look at, and the name that it goes 
     "save_png": "preview",
     "draw_strip": "preview",
     "draw_curves": "curves.png",
-    "contact_sheet": "preview",
 }
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), ValueError("$ in \n a name")])
-@pytest.mark.parametrize("part", BROKEN_PARTS)
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("save_png", OSError(28, "No space left on device")),
+        ("draw_strip", MemoryError()),
+        ("draw_curves", ValueError("$ in \n a name")),
+    ],
+)
 def test_what_is_for_people_to_look_at_never_stops_a_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
 ) -> None:
