@@ -289,8 +289,8 @@ def raised_by(work: Callable[[], object]) -> OSError | None:
 def test_a_change_of_a_cache_that_is_killed_anywhere_and_repeated_equals_one_undisturbed(
     first: Encode, tmp_path: Path, only: tuple[int, ...] | None
 ) -> None:
-    """What is kept is told from what is encoded again by a shift of all that the second run encodes; each change of each
-    format on one kind of cache."""
+    """What is kept is told from what is encoded again by a shift of all that the second run encodes; each change of
+    each format is tried on one kind of cache."""
     command = "extend" if (first.plan.format == "zarr") == (only is None) else "retry"
     if command == "extend":
         grown = first.plan.model_copy(update={"rows": 24, "data_fingerprint": "0" * 64, "data_bytes": 24_000})
