@@ -159,7 +159,7 @@ class Contest:
         file = place.with_name(f"{place.stem}-guidance{guidance:g}-steps{steps}-{images}.npz")
         if not file.exists():
             network = build(self.recipe, self.options).eval()
-            network.load_state_dict(safetensors.torch.load(place.read_bytes()))
+            network.load_state_dict(safetensors.torch.load_file(place))
             classes = np.arange(images) % len(self.manifest.classes)
             pixels = self._samples(network, torch.from_numpy(classes), guidance, steps)
             write_npz(file, pixels, classes, self.config.data.image_size)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from data.source import printable
 from data.storage import append_line, parse_json, publish, read, set_aside
 from pipeline.cost import peak_flops
 from pipeline.noise import LEVELS, noise_level
@@ -138,7 +139,7 @@ def optional(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of matplotlib, PIL, a tracker, memory, the disk: none of it is worth a run
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        reason = printable(" ".join(str(error).split()) or "no reason given")[:200]
         print(f"train: {what}: {type(error).__name__}: {reason}: training goes on without it", flush=True)
 
 
