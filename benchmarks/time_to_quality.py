@@ -21,7 +21,6 @@ import json
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +56,28 @@ BATCH = 50
 @click.command()
 @click.option("--config", "file", type=LocalPath(), default=Path("configs/cifar10.yaml"))
 @click.option("--set", "overrides", multiple=True, help="Override a key of the config: key=value.")
-@click.option("--minutes", multiple=True, type=float, default=(5, 10, 12, 15, 20, 40, 60), show_default=True)
+@click.option("--minutes", multiple=True, type=float, default=(5, 10, 20, 40, 60), show_default=True)
+@click.option("--ours", multiple=True, type=float, default=(12, 15), show_default=True, help="Further ones of ours.")
 @click.option("--sweep", default=5.0, show_default=True, help="CPU minutes of training for each rate of a peer.")
 @click.option("--images", default=1000, show_default=True, help="Samples that are measured each time.")
 @click.option("--to", type=LocalPath(), default=Path("runs/time_to_quality"), show_default=True)
 def main(
-    file: Path, overrides: tuple[str, ...], minutes: tuple[float, ...], sweep: float, images: int, to: Path
+    file: Path,
+    overrides: tuple[str, ...],
+    minutes: tuple[float, ...],
+    ours: tuple[float, ...],
+    sweep: float,
+    images: int,
+    to: Path,
 ) -> None:
     config = load_config(file, [*overrides, f"evaluate.images={images}"])
     encode(config, parse_job(None))
+    curves = {recipe.name: Contest(recipe, config, to).curve(sorted(minutes), sweep, images) for recipe in RECIPES}
+    curves["ours"] = []
     rate = measure_rates({"ours": config})["ours"]
-    curves: dict[str, list[dict[str, Any]]] = {"ours": []}
-    for budget in sorted(minutes):
+    for budget in sorted({*minutes, *ours}):
         run = trained(config, "ours", rate, budget, config.train.seed, to)
         curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
-    for recipe in RECIPES:
-        curves[recipe.name] = Contest(recipe, config, to).curve(sorted(minutes), sweep, images)
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
     print_table(curves)
     plot(curves, to / "time_to_quality.png")
@@ -93,8 +98,10 @@ class Contest:
         self.options = matching(recipe, ours, self.manifest)
         network = build(recipe, self.options)
         self.said = {"parameters": network.num_parameters(), "flops": step_flops(network, ours)}
-        settings = (repr(recipe), repr(self.options), config.model_dump_json(include={"data", "vae", "cache", "train"}))
-        self.folder = to / f"{''.join(c for c in recipe.name if c.isalnum())}-{digest(settings)[:8]}"
+        settings = [recipe, self.options, config.data, config.vae, config.cache]
+        settings += [config.train.batch_size, config.train.precision]
+        name = "".join(letter for letter in recipe.name if letter.isalnum())
+        self.folder = to / f"{name}-{digest(map(repr, settings))[:8]}"
         self.vae = FrozenVae(config.vae.source)
 
     def curve(self, minutes: list[float], sweep: float, images: int) -> list[dict[str, Any]]:
@@ -103,8 +110,10 @@ class Contest:
         by_rate = {lr: self._distance(self._train(lr, [sweep])[0], CHOSEN_WITH, **start) for lr in RATES}
         lr = min(by_rate, key=by_rate.__getitem__)
         places = self._train(lr, minutes)
-        choices: list[dict[str, Any]] = [{"guidance": g, "steps": s} for g, s in product(GUIDANCES, STEPS)]
-        best = min(choices, key=lambda choice: self._distance(places[-1], CHOSEN_WITH, **choice))
+        best = start
+        for key, values in (("guidance", GUIDANCES), ("steps", STEPS)):
+            choices = [{**best, key: value} for value in values]
+            best = min(choices, key=lambda choice: self._distance(places[-1], CHOSEN_WITH, **choice))
         print(f"{self.recipe.name}: rate {lr:g}, guidance {best['guidance']:g}, {best['steps']} steps", flush=True)
         said = {"lr": lr, "by_rate": by_rate, **best, **self.said}
         return [
@@ -197,9 +206,11 @@ def _figures(figures: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(curves: dict[str, list[dict[str, Any]]]) -> None:
     """Kernel distance x 1000 of each recipe at each time, and when ours is as good as the best peer at last."""
-    print("CPU minutes".ljust(24), *(f"{each['minutes']:>12g}" for each in curves["ours"]))
+    times = [each["minutes"] for each in curves["ours"]]
+    print("CPU minutes".ljust(24), *(f"{minutes:>12g}" for minutes in times))
     for name, curve in curves.items():
-        print(name.ljust(24), *(_shown(each["kernel_distance"]).rjust(12) for each in curve))
+        shown = {each["minutes"]: _shown(each["kernel_distance"]) for each in curve}
+        print(name.ljust(24), *(shown.get(minutes, "").rjust(12) for minutes in times))
     peers = {name: curve[-1]["kernel_distance"]["value"] for name, curve in curves.items() if name != "ours"}
     best = min(peers, key=peers.__getitem__)
     sooner = [each["minutes"] for each in curves["ours"] if each["kernel_distance"]["value"] <= peers[best]]
