@@ -183,7 +183,7 @@ class Contest:
             latents = draw(
                 partial(predict, network, labels=labels[chunk], null=null, guidance=guidance),
                 make_scheduler("ddim", noise, steps),
-                shape=self.manifest.shape,
+                shape=(self.manifest.latent_channels, *self.manifest.shape[1:]),  # of which shape[0] has stds, too
                 generators=image_generators(0, chunk.tolist()),
                 device=torch.device("cpu"),
             )
