@@ -22,8 +22,10 @@ class Muon(Optimizer):
     torch's own takes matrices alone, and computes in bfloat16, which many CPUs have no instructions for. Here a kernel
     `O I h w` is the matrix `O hwI`, and parameters of one shape are orthogonalised together. The root mean square of a
     step is 0.2 `lr`, about that of AdamW, so that one learning rate serves both (Liu et al. 2025, "Muon is scalable for
-    LLM training", equation 4).
+    LLM training", equation 4). With `found_inf`, a tensor, set to 1, a step changes nothing, as in fused AdamW.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -49,12 +51,18 @@ class Muon(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        share: Tensor | float = 1.0  # of the step that is taken
+        if self.found_inf is not None:
+            bad, share = self.found_inf > 0, 1 - self.found_inf
+            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]  # none is NaN
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
         steps = orthogonalize(torch.stack([each.movedim(1, -1).flatten(1) for each in ahead]))  # as channels_last lies
         size = 0.2 * max(steps.shape[1:]) ** 0.5
+        if self.found_inf is not None:
+            steps = steps * share
         if weight_decay:
-            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+            torch._foreach_mul_(parameters, 1 - share * lr * weight_decay)
         moved = [step.view_as(p.movedim(1, -1)).movedim(-1, 1) for step, p in zip(steps, parameters, strict=True)]
         torch._foreach_add_(parameters, moved, alpha=-lr * size)
 

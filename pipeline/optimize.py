@@ -95,8 +95,8 @@ def clip_gradients(optimizers: list[Optimizer], limit: float, *, in_step: bool) 
 class FiniteGuard:
     """Keeps a step whose gradient is NaN or infinite from changing any weight, and remembers which step it was.
 
-    `deferred`: fused AdamW is told on the device to skip that step and all that follow (`found_inf`), so that the host
-    learns of it later without ever having made the device wait. Otherwise the host asks before each update.
+    `deferred`: the optimizers are told on the device to skip that step and all that follow (`found_inf`), so that the
+    host learns of it later without ever having made the device wait. Otherwise the host asks before each update.
     """
 
     def __init__(self, device: torch.device, *, deferred: bool) -> None:

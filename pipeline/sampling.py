@@ -101,7 +101,8 @@ def draw(
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     x = noise.to(device).contiguous(memory_format=torch.channels_last) * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = {} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {"generator": generators}
-    for timestep in scheduler.timesteps:
-        prediction = denoise(x, timestep)
+    times = torch.as_tensor(scheduler.timesteps, device=device)  # at once: each copy would wait for the device
+    for timestep, time in zip(scheduler.timesteps, times, strict=True):
+        prediction = denoise(x, time)
         x = scheduler.step(prediction, timestep, x, **extra).prev_sample
     return x

@@ -231,9 +231,9 @@ class Trainer:
         self.averages = {name: Average(self.model, weight) for name, weight in zip(EMA, weights, strict=False)}
 
     def _can_defer(self) -> bool:
-        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and Muon
-        and tensors dealt out by FSDP know nothing of it."""
-        return self.device.type == "cuda" and len(self.optimizers) == 1 and not self.sharded
+        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and
+        tensors dealt out by FSDP know nothing of it."""
+        return self.device.type == "cuda" and not self.sharded
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, accelerator = checkpoint.state, self.accelerator

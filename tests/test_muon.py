@@ -79,3 +79,24 @@ def test_a_step_is_about_as_long_as_one_of_adamw(shape: tuple[int, int]) -> None
             if not seed:
                 assert 0.6 < parameter.detach().square().mean().sqrt() / 0.02 < 1.3
     torch.testing.assert_close(moved, theirs, atol=2e-3, rtol=0.1)  # theirs is in bfloat16
+
+
+def test_a_step_that_the_device_is_told_to_skip_changes_nothing() -> None:
+    """Neither weights nor momentum, though the gradient is NaN; and the next one is as if it had not been."""
+    layers = [nn.Linear(6, 4), nn.Linear(6, 4)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    muons = [Muon([layer.weight], lr=0.1, weight_decay=0.1) for layer in layers]
+    good, bad = normals(4, 6), torch.full((4, 6), torch.nan)
+    for layer, muon, gradients in zip(layers, muons, ([good, good], [good, bad, good]), strict=True):
+        for gradient in gradients:
+            layer.weight.grad = gradient.clone()
+            muon.found_inf = gradient.isnan().any().float()
+            before = layer.weight.detach().clone()
+            muon.step()
+            assert torch.equal(layer.weight, before) == bool(muon.found_inf)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    layers[0].weight.grad, muons[0].found_inf = good.clone(), None
+    layers[1].weight.grad = good.clone()
+    for muon in muons:
+        muon.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)  # told that there is none, it is the same step

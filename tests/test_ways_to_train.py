@@ -39,6 +39,7 @@ class Asking(TorchDispatchMode):
     "overrides",
     [
         ("train.ema=power", "train.weighting=learned", "train.accumulate=2"),
+        ("train.optimizer=muon",),
         ("noise.schedule=cosine", "noise.prediction=v", "sample.scheduler=ddpm", "train.weighting=min_snr"),
     ],
     ids=lambda overrides: overrides[0],
@@ -46,7 +47,7 @@ class Asking(TorchDispatchMode):
 def test_no_step_asks_the_device_for_a_value(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], deferred: bool
 ) -> None:
-    """As AdamW trains on a GPU; on a CPU, each step asks whether its gradient is finite."""
+    """As it is on a GPU; on a CPU, each step asks whether its gradient is finite."""
     update, asking = Trainer._update, Asking()
 
     def watched(self: Trainer) -> None:
