@@ -18,6 +18,7 @@ that does nothing else.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -51,6 +52,7 @@ RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0), (20, 50)
 CHOSEN_WITH = 300  # samples that a learning rate, a guidance or a number of steps is chosen with
 BATCH = 50
+ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
 
 
 @click.command()
@@ -72,15 +74,30 @@ def main(
 ) -> None:
     config = load_config(file, [*overrides, f"evaluate.images={images}"])
     encode(config, parse_job(None))
-    curves = {recipe.name: Contest(recipe, config, to).curve(sorted(minutes), sweep, images) for recipe in RECIPES}
+    contests = [Contest(recipe, config, to) for recipe in RECIPES]
+    rates = kept_rates(to / "rates.json", config, contests)
+    curves = {each.recipe.name: each.curve(sorted(minutes), sweep, images, rates) for each in contests}
     curves["ours"] = []
-    rate = measure_rates({"ours": config})["ours"]
     for budget in sorted({*minutes, *ours}):
-        run = trained(config, "ours", rate, budget, config.train.seed, to)
+        run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
         curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
     print_table(curves)
     plot(curves, to / "time_to_quality.png")
+
+
+def kept_rates(file: Path, config: Config, contests: list[Contest]) -> dict[str, float]:
+    """Images/s of all, measured one after the other before anything else, so that a machine that is busy later gives
+    nobody fewer images; those that are kept from before count."""
+    kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    for contest in contests:
+        if contest.folder.name not in kept:
+            kept[contest.folder.name] = contest.measure_rate()
+    if "ours" not in kept:
+        kept["ours"] = measure_rates({"ours": config})["ours"]
+    publish_json(file, kept)
+    print("images/s:", ", ".join(f"{name} {rate:.1f}" for name, rate in kept.items()), flush=True)
+    return kept
 
 
 class Contest:
@@ -103,9 +120,22 @@ class Contest:
         name = "".join(letter for letter in recipe.name if letter.isalnum())
         self.folder = to / f"{name}-{digest(map(repr, settings))[:8]}"
         self.vae = FrozenVae(config.vae.source)
+        assert config.train.batch_size != "auto"
+        self.batch_size = config.train.batch_size
 
-    def curve(self, minutes: list[float], sweep: float, images: int) -> list[dict[str, Any]]:
-        """The figures at each time, with the best rate, guidance and steps."""
+    def measure_rate(self) -> float:
+        """Images/s: the median over rounds, the first of which warms up."""
+        peer, seconds_a_round = self._peer(RATES[0], 10**6), []
+        for _ in range(ROUNDS + 1):
+            started = time.perf_counter()
+            for _ in range(STEPS_A_ROUND):
+                peer.step()
+            seconds_a_round.append(time.perf_counter() - started)
+        return STEPS_A_ROUND * self.batch_size / statistics.median(seconds_a_round[1:])
+
+    def curve(self, minutes: list[float], sweep: float, images: int, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """The figures at each time, with the best learning rate, guidance and steps, at images/s of `rates`."""
+        self.rate = rates[self.folder.name]
         start: dict[str, Any] = {"guidance": 2.0, "steps": STEPS[0]}
         by_rate = {lr: self._distance(self._train(lr, [sweep])[0], CHOSEN_WITH, **start) for lr in RATES}
         lr = min(by_rate, key=by_rate.__getitem__)
@@ -127,8 +157,10 @@ class Contest:
         places = [folder / f"{budget:g}min.safetensors" for budget in minutes]
         if all(place.exists() for place in places):
             return places
-        per_step = _seconds_a_step(self._peer(lr, 10**6))
-        due = {max(round(seconds(budget) / per_step), 1): place for budget, place in zip(minutes, places, strict=True)}
+        due = {
+            max(round(seconds(budget) * self.rate / self.batch_size), 1): place
+            for budget, place in zip(minutes, places, strict=True)
+        }
         peer = self._peer(lr, max(due))
         started = time.perf_counter()
         for step in range(1, max(due) + 1):
@@ -141,8 +173,6 @@ class Contest:
         return places
 
     def _peer(self, lr: float, steps: int) -> Peer:
-        batch = self.config.train.batch_size
-        assert batch != "auto"
         return Peer(
             self.recipe,
             self.options,
@@ -150,7 +180,7 @@ class Contest:
             self.labels,
             lr=lr,
             steps=steps,
-            batch_size=batch,
+            batch_size=self.batch_size,
             null=len(self.manifest.classes),
             accelerator=connect(self.config.train.precision),
         )
@@ -158,7 +188,7 @@ class Contest:
     def _trained(self, place: Path) -> dict[str, Any]:
         """Images seen until `place`, and in what time."""
         said = json.loads(place.with_suffix(".json").read_text())
-        return {"images": said["steps"] * self.config.train.batch_size, "seconds": said["seconds"]}
+        return {"images": said["steps"] * self.batch_size, "seconds": said["seconds"]}
 
     def _distance(self, place: Path, images: int, **choice: Any) -> float:
         return float(_figures(self._measure(place, images, **choice))["kernel_distance"]["value"])
@@ -188,14 +218,6 @@ class Contest:
                 device=torch.device("cpu"),
             )
             yield to_images(self.vae.decode(self.normalization.denormalize(latents))).cpu().numpy()
-
-
-def _seconds_a_step(peer: Peer, steps: int = 20) -> float:
-    peer.step()
-    started = time.perf_counter()
-    for _ in range(steps):
-        peer.step()
-    return (time.perf_counter() - started) / steps
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, Any]:
