@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -20,8 +19,8 @@ _USERS = ("stages.encode", "stages.train", "stages.evaluate")
 class Pixels:
     """Images as they are: three channels, no reduction in space, no posterior."""
 
-    downsampling = 1
-    model = SimpleNamespace(config={"latent_channels": 3, "block_out_channels": (3,)})
+    downsampling, latent_channels = 1, 3
+    image_size, precision = None, "fp32"
 
     def __init__(self, source: str = SOURCE, device: torch.device | str = "cpu") -> None:
         self.source, self.device = source, torch.device(device)

@@ -66,12 +66,18 @@ class Scale:
         latent = views * 2 * LATENT_CHANNELS * (self.config.data.image_size // DOWNSAMPLING) ** 2 * 2  # float16
         rate, encoding = flops / cost.flops, flops / (views * encoder_flops(self.config.data.image_size))
         room = fitting_rows(model, int(MEMORY), averages=1, half=True)
-        fixed = 4 * 5 * model.num_parameters()
+        middle = sum(parameter.numel() for parameter in model.middle.parameters()) / model.num_parameters()
+        lowest = self.config.data.image_size // DOWNSAMPLING // 2 ** (len(self.config.model.channels) - 1)
+        tokens = lowest**2
+        fixed, checkpoint = (4 * copies * model.num_parameters() for copies in (5, 4))
         return {
-            "parameters": f"{model.num_parameters() / 1e6:.0f} M",
-            "FLOPs an image, forward and backward": f"{cost.flops / 1e9:.0f} G",
+            "parameters, of which in the bottleneck": f"{model.num_parameters() / 1e6:.0f} M, {middle:.0%}",
+            "tokens of the bottleneck": f"{tokens:,}",
+            "GMAC of a forward pass": f"{cost.flops / 6e9:.1f}",
+            "GFLOP an image, forward and backward": f"{cost.flops / 1e9:.0f}",
             "kept for the backward pass, an image": f"{cost.kept_bytes / 2e6:.0f} MB",
             "weights, gradients, moments, average": f"{fixed / 1e9:.1f} GB",
+            "checkpoint": f"{checkpoint / 1e9:.1f} GB",
             "images that a GPU has room for": f"{room:,}",
             "batch a GPU": f"{train.batch_size // self.gpus:,}",
             "cache": f"{self.images * latent / 1e9:.1f} GB",

@@ -58,6 +58,8 @@ class Plan(_Record):
     image_size: PositiveInt
     preprocessing: str
     vae: VaeIdentity
+    # in which the VAE computed; not in manifests that are older than the field
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", exclude_if=lambda value: value == "fp32")
 
     @property
     def latent_channels(self) -> int:

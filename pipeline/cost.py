@@ -77,7 +77,7 @@ def fitting_rows(model: LatentUNet, free_bytes: int, *, averages: int, half: boo
 
 
 def training_bytes(model: LatentUNet, *, averages: int, half: bool) -> tuple[int, float]:
-    """Bytes that training takes: weights, gradients, two moments, averages and a preview's copy; and for each image
-    what autograd keeps of it, in 16 bits with `half`, and half as much again for what an operation needs in passing."""
-    fixed = 4 * (5 + averages) * sum(parameter.numel() for parameter in model.parameters())
+    """Bytes that training takes: weights, gradients, two moments and averages; and for each image what autograd keeps
+    of it, in 16 bits with `half`, and half as much again for what an operation needs in passing."""
+    fixed = 4 * (4 + averages) * sum(parameter.numel() for parameter in model.parameters())
     return fixed, 1.5 * Cost.of(model).kept_bytes * (0.5 if half else 1)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.manifest import VaeIdentity
 
 BUNDLED = Path(__file__).parent / "bundled_vae"
-_PROBE = 64  # pixels a side of the image that shows how many of them become one latent position
+_PROBE = 128  # pixels a side of the image that shows how many of them become one latent position
 _WEIGHTS = "diffusion_pytorch_model"
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+ROUNDING = 0.01  # of the standard deviation of latents, that a precision may change them by
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -32,7 +34,15 @@ def to_images(pixels: Tensor) -> Tensor:
 
 
 class FrozenVae:
-    """A pre-trained autoencoder of diffusers (AutoencoderKL or AutoencoderTiny) that is never trained here."""
+    """A pre-trained autoencoder of diffusers that is never trained here: any that maps an RGB image to a grid of
+    latents and back, AutoencoderKL, AutoencoderTiny, AutoencoderDC and others.
+
+    It computes in `precision`: fp32, or under autocast to fp16 or bf16. `downsampling` pixels a side become one latent
+    position of `latent_channels`; `image_size` is the one size that it takes, or None.
+    """
+
+    precision = "fp32"
+    _bearable: str | None = None
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         """`source` is `bundled`, a folder in diffusers' format, a hub id, or one followed by `/vae`, a folder in it.
@@ -41,31 +51,77 @@ class FrozenVae:
         """
         self.source = source
         self.device = torch.device(device)
-        self.model = _load(source).requires_grad_(False).eval().to(self.device, memory_format=torch.channels_last)
-        self.downsampling = self._measure_downsampling()
+        self.model = _load(source).requires_grad_(False).eval().to(self.device)
+        kernels = {parameter.ndim for parameter in self.model.parameters()}
+        # transformers read tokens in the order in which they lie; kernels of videos have no other layout
+        images = 4 in kernels and 5 not in kernels and not hasattr(self.model, "reshape_to_2d")
+        self._layout = torch.channels_last if images else torch.contiguous_format
+        self.model.to(memory_format=self._layout)
+        try:
+            self._try_out()
+        except (TypeError, ValueError, RuntimeError) as error:  # what models raise that are made for something else
+            what = f"{type(self.model).__name__} does not map an image to a grid of latents and back"
+            raise ValueError(f"vae.source: {source}: {what}: {str(error).splitlines()[0]}") from error
 
-    @torch.inference_mode()
-    def _measure_downsampling(self) -> int:
-        encoded = self.model.encode(torch.zeros(1, 3, _PROBE, _PROBE, device=self.device))
-        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-        return _PROBE // latents.shape[-1]
+    def _try_out(self) -> None:
+        """Measure what becomes of an image; ValueError where it is not one again."""
+        self.image_size: int | None = None
+        size = _PROBE
+        for _ in range(2):
+            moments = self.encode(torch.zeros(1, 3, size, size))
+            images = self.decode(moments[:, : moments.shape[1] // 2])
+            if images.shape == (1, 3, size, size):
+                break
+            size = self.image_size = images.shape[-1]  # the one that it makes of all others
+        else:
+            raise ValueError(f"images of {size} pixels become {tuple(images.shape)}")
+        self.latent_channels, self.downsampling = moments.shape[1] // 2, size // moments.shape[-1]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Moments of the posterior; a VAE without a posterior (AutoencoderTiny) has the standard deviation 0."""
-        encoded = self.model.encode(pixels.to(self.device).contiguous(memory_format=torch.channels_last))
+        """Moments of the posterior, float32; an autoencoder without one, as AutoencoderTiny, has the standard deviation
+        0."""
+        with self._autocast():
+            encoded = self.model.encode(pixels.to(self.device).contiguous(memory_format=self._layout))
         if hasattr(encoded, "latent_dist"):
-            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
-        return torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return torch.cat([latents, torch.zeros_like(latents)], dim=1).float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, _HALF.get(self.precision), enabled=self.precision in _HALF)
+
+    def rounding(self, pixels: Tensor, precision: str) -> float:
+        """How far the moments of `pixels` in `precision` lie from those in fp32: the root mean square of the
+        difference, as a share of the standard deviation of the means; NaN or infinite where they are."""
+        moments = {}
+        before = self.precision
+        for self.precision in ("fp32", precision):
+            moments[self.precision] = self.encode(pixels)
+        self.precision = before
+        exact, rounded = moments["fp32"], moments[precision]
+        spread = exact[:, : exact.shape[1] // 2].std()
+        return float((rounded - exact).square().mean().sqrt() / spread)
+
+    def bearable_precision(self, pixels: Tensor) -> str:
+        """The first of fp16, which has the finer steps, and bf16 in which the moments of `pixels` are finite and lie
+        within `ROUNDING` of those in fp32; fp32 where there is none. The images that it is asked of first decide, so
+        that held-out images are encoded as those of training."""
+        if self._bearable is None:
+            self._bearable = next((name for name in _HALF if self.rounding(pixels, name) <= ROUNDING), "fp32")
+        return self._bearable
 
     def encoding_bytes(self, batch_size: int, image_size: int) -> int:
         """About the memory that `encode` takes for a batch: a few feature maps of the first level, in float32."""
-        return 6 * 4 * batch_size * image_size**2 * int(self.model.config["block_out_channels"][0])
+        first = next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
+        return 6 * 4 * batch_size * image_size**2 * first.out_channels
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of unscaled latents."""
-        return self.model.decode(latents.to(self.device).contiguous(memory_format=torch.channels_last)).sample
+        with self._autocast():
+            decoded = self.model.decode(latents.to(self.device).contiguous(memory_format=self._layout))
+        return decoded.sample.float()
 
     def identity(self) -> VaeIdentity:
         """What a cache records of this VAE; the hash covers every weight's name, type, shape and value."""
@@ -77,16 +133,20 @@ class FrozenVae:
             source=self.source,
             class_name=type(self.model).__name__,
             weights_sha256=sha.hexdigest(),
-            scaling_factor=float(self.model.config.get("scaling_factor") or 1.0),
-            shift_factor=float(self.model.config.get("shift_factor") or 0.0),
+            scaling_factor=float(self._said("scaling_factor") or 1.0),
+            shift_factor=float(self._said("shift_factor") or 0.0),
             downsampling=self.downsampling,
             latents_mean=self._per_channel("latents_mean"),
             latents_std=self._per_channel("latents_std"),
         )
 
+    def _said(self, name: str) -> Any:
+        """A field of the config about the distribution of latents; those of AutoencoderRAE are normalised already."""
+        return None if type(self.model).__name__ == "AutoencoderRAE" else self.model.config.get(name)
+
     def _per_channel(self, name: str) -> tuple[float, ...] | None:
         """A field of the config that has one number a latent channel, or None; ValueError where that is not so."""
-        values, channels = self.model.config.get(name), self.model.config["latent_channels"]
+        values, channels = self._said(name), self.latent_channels
         if values is None:
             return None
         if len(values) != channels or (name == "latents_std" and min(values) <= 0):
@@ -117,7 +177,8 @@ def _load(source: str) -> Any:
             _check_folder(folder)
         kind = _class_of(place)
         return _with_weights(kind, place, [_variant(folder)] if folder.exists() else [None, "fp16"])
-    except (OSError, RuntimeError, ValueError) as error:  # what diffusers and the hub raise for files and networks, too
+    # what diffusers and the hub raise for files and networks, too, and for a library that a model needs
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split("\n")[: 2 if isinstance(error, RuntimeError) else 1])
         if isinstance(error, OSError) and not folder.exists() and _is_pipeline(place):
             reason = f"it is a whole pipeline: give {source}/vae"
@@ -158,17 +219,19 @@ def _is_pipeline(place: dict[str, Any]) -> bool:
 
 
 def _class_of(place: dict[str, Any]) -> Any:
-    """The class of diffusers that a config.json is of; ValueError where it is no VAE of RGB images."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    """The class of diffusers that a config.json is of; ValueError where it is no autoencoder of RGB images."""
+    from diffusers import AutoencoderKL
+    from diffusers.models import autoencoders
 
     config = AutoencoderKL.load_config(**place)
-    name, classes = config.get("_class_name"), {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    if name not in classes:
-        raise ValueError(f"it is of class {name}; this project reads {' and '.join(classes)}")
+    name = str(config.get("_class_name"))
+    kind = getattr(autoencoders, name, None)
+    if not isinstance(kind, type):
+        raise ValueError(f"it is of class {name}, which is no autoencoder of diffusers")
     taken, returned = (config.get(key, 3) for key in ("in_channels", "out_channels"))
     if (taken, returned) != (3, 3):
         raise ValueError(f"it takes images of {taken} channels and returns {returned}; images here are RGB, of 3")
-    return classes[name]
+    return kind
 
 
 def _variant(folder: Path) -> str | None:

@@ -93,6 +93,8 @@ class Cache(Section):
     format: Literal["zarr", "webdataset"] = "zarr"
     store: Literal["moments", "mean"] = "moments"
     dtype: Literal["float16", "float32"] = "float16"
+    # in which the VAE computes; auto: on a GPU fp16, or else bf16, if latents are within 1 % of those in fp32
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     flip: bool = True  # also keep the latents of the mirrored image: a latent itself cannot be mirrored
     batch_size: PositiveInt = 64
     # processes that read images ahead of the VAE and, on a CPU, encode them; auto: one a core; 0: none but this one

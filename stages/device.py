@@ -31,11 +31,13 @@ def local_processes() -> int:
 def pick_device() -> torch.device:
     """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training.
 
+    On a GPU, float32 is multiplied in TensorFloat-32 where it has that, as cuDNN's convolutions are by themselves.
     ValueError where there is an NVIDIA GPU that this build of torch cannot use: on the CPU all would take days.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if torch.backends.mps.is_available():
         return torch.device("mps")

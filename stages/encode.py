@@ -34,12 +34,13 @@ from data.writer import (
     recorded_failures,
 )
 from pipeline.unet import check_model
-from pipeline.vae import FrozenVae, to_pixels
+from pipeline.vae import ROUNDING, FrozenVae, to_pixels
 from stages.config import Config, parts_of
 from stages.datasets import open_config_sources
 from stages.device import pick_device, process_count
 
 _COMPARED = ".compared"  # beside a cache: which copies of its data set were found to hold the same bytes
+_TRIED = 16  # images that a precision is tried on
 ESTIMATE_AFTER = 8  # batches, the first of which warm up
 
 
@@ -55,6 +56,8 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         )
     parts = parts_of(config)
     finished = _finished(parts)
+    if None not in finished and job.number and not (extend or retry_failed):
+        return  # of all jobs, the first one lists the data set and says whether the caches are still of it
     try:
         sources = open_config_sources(config)
     except NoImagesError as error:
@@ -117,7 +120,10 @@ def _say_copies(paths: Sequence[Path]) -> None:
 def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
     """A line that says that the finished cache stands; ValueError where it is not what `config` describes."""
     path, vae = config.cache.path, FrozenVae(config.vae.source, pick_device())
-    expected = {**_settings(config, vae), "preprocessing": PREPROCESSING.format(matte=config.data.matte)}
+    expected = {
+        **_settings(config, vae, found=manifest),
+        "preprocessing": PREPROCESSING.format(matte=config.data.matte),
+    }
     check_plan(path, manifest.plan().model_copy(update=expected))
     LatentCache(path)
     made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
@@ -143,7 +149,7 @@ def plan_rows(
             failed = {failure.key for failure in recorded_failures(path)}
             _check_change(change, failed, f"{path}: {source.name}", extend=extend, retry_failed=retry_failed)
             rows = rows.with_stamps_of(path, found, change.touched)
-    plan = make_plan(config, source, rows, vae)
+    plan = make_plan(config, source, rows, vae, found)
     if found:  # a cache that grows keeps its shards
         plan = plan.model_copy(update={"shard_rows": found.shard_rows})
     if found and rows.file == listing_of(found):  # or a copy of the data set would count as another one
@@ -189,10 +195,10 @@ def _check_change(change: Change, failed: set[str], where: str, *, extend: bool,
             raise ValueError(f"{where}: the data set has changed since the encode: {count}: {remedy}")
 
 
-def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Plan:
-    """The plan of a cache of `rows` of `source`."""
+def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae, found: Plan | None = None) -> Plan:
+    """The plan of a cache of `rows` of `source`; `found` is what is planned of it already, if it is."""
     return Plan(
-        **_settings(config, vae),
+        **_settings(config, vae, source=source, found=found),
         rows=len(rows.keys),
         shard_rows=max(SHARD_ROWS, least_shard_rows(len(rows.keys))),
         classes=rows.classes,
@@ -203,17 +209,24 @@ def make_plan(config: Config, source: Source, rows: Rows, vae: FrozenVae) -> Pla
     )
 
 
-def _settings(config: Config, vae: FrozenVae) -> dict[str, Any]:
+def _settings(
+    config: Config, vae: FrozenVae, *, source: Source | None = None, found: Plan | None = None
+) -> dict[str, Any]:
     """The fields of a plan that do not depend on the images; ValueError when `config` has sizes that do not fit."""
     if config.data.image_size % vae.downsampling:
         raise ValueError(
             f"data.image_size = {config.data.image_size}: this VAE turns {vae.downsampling}x{vae.downsampling} pixels"
             f" into one latent position: choose a multiple of {vae.downsampling}"
         )
+    if vae.image_size not in (None, config.data.image_size):
+        raise ValueError(
+            f"data.image_size = {config.data.image_size}: this VAE takes and returns images of {vae.image_size}: choose"
+            " that"
+        )
     side = config.data.image_size // vae.downsampling
     model = config.model
     check_model(side, model.patch_size, model.channels, model.bottleneck, model.head_width)
-    channels = vae.model.config["latent_channels"]
+    channels = vae.latent_channels
     return {
         "format": config.cache.format,
         "store": config.cache.store,
@@ -223,7 +236,31 @@ def _settings(config: Config, vae: FrozenVae) -> dict[str, Any]:
         "batch_size": config.cache.batch_size,
         "image_size": config.data.image_size,
         "vae": vae.identity(),
+        "precision": _precision(config, vae, source, found),
     }
+
+
+def _precision(config: Config, vae: FrozenVae, source: Source | None, found: Plan | None) -> str:
+    """What the VAE computes in: as in the cache that is there or, of auto on a GPU, as the VAE bears it.
+
+    ValueError where it is asked for and changes the latents of the first images by too much.
+    """
+    asked = config.cache.precision
+    if asked == "auto" and (found or vae.device.type != "cuda"):
+        return found.precision if found else "fp32"
+    if asked == "fp32" or found or source is None:
+        return asked
+    images = source.load(range(min(_TRIED, len(source.keys)))).pixels
+    pixels = to_pixels(torch.from_numpy(images))
+    if asked == "auto":
+        return vae.bearable_precision(pixels)
+    change = vae.rounding(pixels, asked)
+    if not change <= ROUNDING:  # NaN, too
+        raise ValueError(
+            f"cache.precision = {asked}: it changes the latents of the first images by {change:.1%} of their standard"
+            f" deviation, more than {ROUNDING:.0%}: use cache.precision=fp32"
+        )
+    return asked
 
 
 def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: Config) -> None:
@@ -231,6 +268,7 @@ def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: 
 
     Shards that have been damaged by then are encoded once more.
     """
+    vae.precision = writer.plan.precision
     try:
         _encode_and_finish(writer, source, vae, config)
     except DamagedShardsError as error:
@@ -245,7 +283,7 @@ def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, conf
     work = [_Work(shard, rows) for shard in pending for rows in _batches(writer, shard, config.cache.batch_size)]
     images = sum(len(part.rows) for part in work)
     listed = counted(writer.plan.rows, "image")
-    print(f"encode: {images:,} of {listed} of {source.name} to encode on {vae.device}")
+    print(f"encode: {images:,} of {listed} of {source.name} to encode on {vae.device} in {vae.precision}")
     _check_room(writer, pending)
     failed, started = recorded_failures(writer.path), time.monotonic()
     with (

@@ -35,8 +35,9 @@ def connect(precision: str) -> Accelerator:
     device = pick_device()
     if precision == "auto":
         precision = "bf16" if _computes_bf16(device) else "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = True  # for float32 on GPUs that have it, as cuDNN's convolutions do
-    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    torch.backends.cudnn.benchmark = True  # all steps of a training have the same shapes
+    # a bucket is where a compiled backward pass is cut
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=100)
     patient = InitProcessGroupKwargs(timeout=_PATIENCE)
     mixed = "no" if precision == "fp32" else precision
     accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[parallel, patient])

@@ -34,12 +34,13 @@ def averaged_model(average: Average, config: Config, manifest: Manifest, acceler
     for name, value in average.tensors.items():
         whole = full(value)
         if accelerator.is_main_process:
-            weights[name] = whole.cpu()
+            weights[name] = whole
     if not accelerator.is_main_process:
         return None
-    model = build_model(config, manifest).to(accelerator.device, memory_format=torch.channels_last)
-    model.load_state_dict(weights)
-    return model.eval()
+    with torch.device("meta"):  # no weights are drawn that would be replaced at once
+        model = build_model(config, manifest)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 @torch.inference_mode()

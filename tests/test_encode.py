@@ -25,7 +25,7 @@ import stages.datasets
 import stages.device
 import stages.encode
 from data.cache import FAILURES, LatentCache
-from data.manifest import Manifest
+from data.manifest import MANIFEST, Manifest
 from data.source import Batch
 from data.writer import progress
 from pipeline.vae import FrozenVae
@@ -201,7 +201,7 @@ def test_latents_that_are_not_finite_are_recorded_and_never_committed(
 
     def poisoned(vae: FrozenVae, pixels: torch.Tensor) -> torch.Tensor:
         moments = real(vae, pixels).clone()
-        moments[1, 0, 0, 0] = float("nan")
+        moments[1:2, 0, 0, 0] = float("nan")
         return moments
 
     monkeypatch.setattr(FrozenVae, "encode", poisoned)
@@ -209,6 +209,27 @@ def test_latents_that_are_not_finite_are_recorded_and_never_committed(
     cache = LatentCache(config.parent / "cache")
     assert np.isfinite(cache.read(np.arange(len(cache)))).all()
     assert {line["reason"] for line in cache.lines(FAILURES)} == {"the VAE's output is NaN or infinite"}
+
+
+def test_a_precision_is_recorded_and_that_of_a_cache_stays(config: Path) -> None:
+    """Latents in fp16 are close to those in fp32, and a cache that does not name a precision is one of fp32."""
+    assert "on cpu in fp32" in encode(config)
+    assert "precision" not in json.loads((config.parent / "cache" / MANIFEST).read_text())
+    assert "on cpu in fp16" in encode(config, "cache.precision=fp16", to="half")
+    plain, half = (LatentCache(config.parent / name) for name in ("cache", "half"))
+    assert (plain.manifest.precision, half.manifest.precision) == ("fp32", "fp16")
+    exact, rounded = (cache.read(np.arange(len(cache))).astype(np.float32) for cache in (plain, half))
+    assert 0 < np.abs(rounded - exact).max() < 0.05 * exact.std()
+    assert "all done" in encode(config, to="half")
+    refuse(
+        run_stage("encode", config, config.parent, f"cache.path={config.parent / 'half'}", "cache.precision=fp32"),
+        "has precision = fp16, this run has fp32",
+    )
+
+
+def test_a_precision_that_changes_latents_too_much_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.encode.ROUNDING", 1e-4)
+    refuse(run_stage("encode", config, config.parent, "cache.precision=bf16"), "cache.precision = bf16: it changes the")
 
 
 def break_images(config: Path, *keys: str) -> None:

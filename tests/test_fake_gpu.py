@@ -140,6 +140,7 @@ def test_it_trains(trainer: Trainer) -> None:
 def test_it_encodes_and_decodes(world: World, gpu: None) -> None:
     """What is between an image file and its moments on the CPU, and between latents and pixels."""
     vae, images = FrozenVae("tiny", GPU), torch.zeros(3, 16, 16, 3, dtype=torch.uint8)
+    vae.precision = "fp16"
     moments = vae.encode(to_pixels(images.to(vae.device)))
     assert (moments.device, moments.shape) == (GPU, (3, 8, 4, 4))
     pixels = to_images(vae.decode(moments[:, :4]))

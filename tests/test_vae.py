@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from torch import Tensor, nn
 
 from data.manifest import VaeIdentity
@@ -203,7 +206,7 @@ def test_a_single_file_is_refused_with_the_way_to_a_folder(tmp_path: Path, name:
     [
         ({"in_channels": 1, "out_channels": 1}, "it takes images of 1 channels and returns 1; images here are RGB"),
         ({"in_channels": 4}, "it takes images of 4 channels and returns 3"),
-        ({"_class_name": "AsymmetricAutoencoderKL"}, "it is of class AsymmetricAutoencoderKL; this project reads"),
+        ({"_class_name": "UNet2DModel"}, "it is of class UNet2DModel, which is no autoencoder of diffusers"),
         ({"_class_name": None}, "it is of class None"),
         ({"block_out_channels": [8, 8, 32]}, "size mismatch for "),
         ({"layers_per_block": 3}, "of its weights are missing, the first of them decoder."),
@@ -228,7 +231,7 @@ def test_files_that_are_missing_or_damaged_are_named(folder: Path, tmp_path: Pat
     assert "diffusion_pytorch_model.safetensors" in refusal(tmp_path)
 
 
-def test_downsampling_is_measured_and_not_taken_from_the_number_of_levels(tmp_path: Path) -> None:
+def test_a_decoder_that_returns_images_of_another_size_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8),
@@ -236,8 +239,120 @@ def test_downsampling_is_measured_and_not_taken_from_the_number_of_levels(tmp_pa
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1),
     ).save_pretrained(tmp_path)
-    vae = FrozenVae(str(tmp_path))
-    assert vae.downsampling == 16 // vae.encode(pictures()).shape[-1] == 4
+    with pytest.raises(ValueError, match=r"^vae.source: .*AutoencoderTiny does not map an image to a grid of latents"):
+        FrozenVae(str(tmp_path))
+
+
+OTHERS: dict[str, tuple[dict[str, Any], int, int]] = {  # options of a tiny one, its downsampling, its channels
+    "AsymmetricAutoencoderKL": (
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "down_block_out_channels": (8, 8),
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "up_block_out_channels": (8, 8),
+            "norm_num_groups": 4,
+        },
+        2,
+        4,
+    ),
+    "AutoencoderDC": (
+        {
+            "latent_channels": 8,
+            "attention_head_dim": 4,
+            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1),
+            "encoder_qkv_multiscales": ((), (5,)),
+            "decoder_qkv_multiscales": ((), (5,)),
+            "scaling_factor": 0.4,
+        },
+        2,
+        8,
+    ),
+    "AutoencoderKLFlux2": (
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 8),
+            "norm_num_groups": 4,
+            "latent_channels": 6,
+        },
+        2,
+        6,
+    ),
+    "AutoencoderKLHunyuanImage": (
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 4,
+            "block_out_channels": (64, 64),
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 2,
+            "sample_size": 32,
+        },
+        2,
+        4,
+    ),
+    "VQModel": ({"block_out_channels": (8,), "norm_num_groups": 4, "num_vq_embeddings": 8}, 1, 3),
+    "AutoencoderRAE": (
+        {
+            "encoder_hidden_size": 64,
+            "encoder_num_hidden_layers": 1,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 16,
+            "encoder_input_size": 28,
+            "patch_size": 8,
+            "scaling_factor": 2.0,
+        },
+        8,
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_autoencoder_that_maps_an_image_to_a_grid_is_taken(tmp_path: Path, name: str) -> None:
+    """What it makes of an image is what the class itself makes of it."""
+    options, downsampling, channels = OTHERS[name]
+    if name == "AutoencoderRAE":
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**options).save_pretrained(tmp_path)
+    vae, size = FrozenVae(str(tmp_path)), 16
+    assert (vae.downsampling, vae.latent_channels) == (downsampling, channels)
+    moments = vae.encode(pictures(size=size))
+    latents = moments[:, :channels]
+    assert latents.shape == (2, channels, size // downsampling, size // downsampling)
+    assert moments[:, channels:].any() == hasattr(vae.model.encode(pictures()), "latent_dist")
+    images = vae.decode(latents)
+    assert images.shape == (2, 3, size, size)
+    assert torch.allclose(images, vae.model.decode(latents.contiguous()).sample, atol=1e-5)
+    assert vae.image_size == (16 if name == "AutoencoderRAE" else None)
+    scaling = 1.0 if name == "AutoencoderRAE" else vae.model.config.get("scaling_factor") or 1.0
+    assert vae.identity().scaling_factor == scaling  # that of the RAE is in its latents already
+
+
+@pytest.mark.parametrize(("scale", "bearable"), [(1.0, "fp16"), (1e6, "bf16"), (math.nan, "fp32")])
+def test_of_half_precisions_that_one_is_chosen_which_the_vae_bears(folder: Path, scale: float, bearable: str) -> None:
+    """fp16, which is the finer one, unless it overflows; neither where nothing is finite."""
+    vae = FrozenVae(str(folder))
+    vae.model.encoder.conv_in.weight.mul_(scale)
+    assert vae.bearable_precision(pictures()) == bearable
+    assert vae.precision == "fp32"
+    assert (vae.rounding(pictures(), "bf16") > vae.rounding(pictures(), "fp16")) == (scale == 1)
+
+
+def test_an_autoencoder_of_videos_is_refused(tmp_path: Path) -> None:
+    AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",), block_out_channels=(32,), layers_per_block=1
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^vae.source: .*AutoencoderKLTemporalDecoder does not map an image"):
+        FrozenVae(str(tmp_path))
 
 
 def test_on_a_hub_a_folder_and_a_variant_are_found(
