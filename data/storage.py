@@ -8,8 +8,10 @@ run, or swept away.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -18,21 +20,22 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _held: set[TextIO] = set()  # locks of this process
+Result = TypeVar("Result")
 _lasting: set[Path] = set()  # folders whose names this process knows to be on the disk
 
 
 def publish(path: Path, payload: bytes) -> None:
     """Write `payload` under `path`: all of it or, after a crash at any point, what was there before.
 
-    One writer a path at a time. OSError, with the path, when the disk is full or refuses.
+    ValueError when another process is writing it. OSError, with the path, when the disk is full or refuses.
     """
     with staged_file(path) as file:
         file.write(payload)
@@ -42,19 +45,18 @@ def publish(path: Path, payload: bytes) -> None:
 def staged_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when the block ends well, and is gone when it does not.
 
-    One writer a path at a time. OSError, with the path, when the disk is full or refuses; one that the block meets with
-    another file passes as it is.
+    ValueError when another process is writing it. OSError, with the path, when the disk is full or refuses; one that
+    the block meets with another file passes as it is.
     """
     staged = path.with_name(_STAGED + path.name)
     with _telling(path, "writing"):
         make_folder(path.parent)
     try:
-        with contextlib.ExitStack() as unfinished:
+        with _create(staged) as file, contextlib.ExitStack() as unfinished:
             unfinished.callback(_unlink, staged)
-            with open(staged, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(staged, path)
             unfinished.pop_all()
         _sync_folder(path.parent)
@@ -63,6 +65,35 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
             raise
         with _telling(path, "writing"):
             raise
+
+
+def _create(staged: Path) -> BinaryIO:
+    """A new file of that name, locked; what a killed process left there is deleted.
+
+    ValueError when a process that is alive is writing it, on this machine or on another one with the same disk.
+    """
+    while True:
+        try:
+            file = open(staged, "xb")  # noqa: SIM115 - who asked for it closes it
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError), open(staged, "r+b") as left:  # else it was finished just now
+                if not _try_lock(left.fileno(), wait=False):
+                    name = staged.with_name(staged.name.removeprefix(_STAGED))
+                    raise ValueError(f"{name}: another process is writing it: wait for it") from None
+                if _is_at(staged, left):  # and not a later one of this name
+                    os.unlink(staged)
+            continue
+        if _try_lock(file.fileno(), wait=False) and _is_at(staged, file):
+            return file
+        file.close()  # somebody took it for what a killed process left, before it was locked
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _unlink(staged: Path) -> None:
@@ -286,14 +317,25 @@ def _take(file: Path, what: str, *, wait: bool) -> TextIO:
 
 def read(path: Path) -> bytes:
     """The bytes of a file; an OSError names it."""
-    with _telling(path, "reading"), open(path, "rb") as file:
-        return file.read()
+    return _reading(path, lambda file: file.read())
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; an OSError names the file."""
-    with _telling(path, "reading"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _reading(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _reading(path: Path, use: Callable[[io.BufferedReader], Result]) -> Result:
+    """What `use` makes of a file that is open for reading, from its beginning."""
+    with _telling(path, "reading"):
+        try:
+            with open(path, "rb") as file:
+                return use(file)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        with open(path, "rb") as file:  # which another machine has replaced on a network disk, perhaps
+            return use(file)
 
 
 def _let_go() -> None:

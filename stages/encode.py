@@ -174,7 +174,8 @@ def _other_contents(config: Config, source: Source, rows: Rows, touched: Sequenc
     now = digests_of(source, rows.order[places], workers=process_count(config.cache.workers))
     other = [rows.keys[row] for row, each in zip(places, now, strict=True) if each != recorded[row]]
     if not other:
-        with contextlib.suppress(OSError):  # a cache that may only be read: it is compared again
+        # a cache that may only be read is compared again, and another job may write the same
+        with contextlib.suppress(OSError, ValueError):
             publish(compared, b"")
     return other
 

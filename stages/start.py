@@ -134,8 +134,11 @@ def changes_since(checkpoint: Checkpoint, train: Train, access: str, accelerator
         lines.append(f"changed since this checkpoint: {changed}")
     if any(before[name] != now[name] for name in _LEARNING_RATE):
         lines.append(_learning_rate(checkpoint.images_seen, before, now))
-    if changed := _changed(checkpoint.state["computer"], computer(accelerator)):
-        lines.append(f"{changed}: same images in the same order, but bits may differ")
+    before, now = checkpoint.state["computer"], computer(accelerator)
+    if changed := _changed(before, now):
+        # a generator on a GPU deals its numbers out among as many threads as that kind of GPU has
+        other = ", other noise" if before["device"] != now["device"] else ""
+        lines.append(f"{changed}: same images in the same order{other}, but bits may differ")
     return lines
 
 

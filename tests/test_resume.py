@@ -93,6 +93,15 @@ def test_another_machine_or_version_is_said_with_both_values(
     )
 
 
+def test_another_kind_of_gpu_draws_other_noise_which_is_said(
+    world: World, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(begun, tmp_path / "run")
+    monkeypatch.setattr("stages.launch._device_name", lambda accelerator: "NVIDIA H100")
+    (line,) = lines_of(succeed("train", world.config, run, "train.images=20"), "train: device")
+    assert line == "train: device cpu -> NVIDIA H100: same images in the same order, other noise, but bits may differ"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import data.storage
 from data.storage import claim, free_bytes, holder, probe, publish, remove, staged_folder
 
 
@@ -42,6 +43,54 @@ def test_a_crash_while_publishing_leaves_what_was_there(
     publish(file, b"newer")
     assert file.read_bytes() == b"newer"
     assert list(file.parent.iterdir()) == [file]  # nothing unfinished is left behind
+
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from data.storage import staged_file
+
+with staged_file(Path(sys.argv[1])) as file:
+    file.write(b"the first")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_file_has_one_writer_and_what_a_killed_one_left_is_in_nobodys_way(tmp_path: Path, killed: bool) -> None:
+    file = tmp_path / "file"
+    command, pipe = [sys.executable, "-c", PUBLISH, str(file)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[1]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(ValueError, match=rf"^{file}: another process is writing it: wait for it"):
+            publish(file, b"the second")
+        if killed:
+            process.kill()
+        else:
+            process.communicate("")
+    assert not killed or [left.name for left in tmp_path.iterdir()] == [".staged-file"]
+    assert killed or file.read_bytes() == b"the first"
+    publish(file, b"the third")
+    assert tree(tmp_path) == {"file": b"the third"}
+
+
+def test_a_staged_file_that_was_taken_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process deletes it after it was made and before it is locked."""
+    taken, lock = [], data.storage._try_lock
+
+    def late(handle: int, *, wait: bool) -> bool:
+        if not taken:
+            taken.append(handle)
+            os.unlink(tmp_path / ".staged-file")
+        return lock(handle, wait=wait)
+
+    monkeypatch.setattr(data.storage, "_try_lock", late)
+    publish(tmp_path / "file", b"content")
+    assert tree(tmp_path) == {"file": b"content"}
 
 
 def test_a_staged_folder_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:
