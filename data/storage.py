@@ -354,7 +354,9 @@ def _telling(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error} (while {doing}; what was finished stays, the same command goes on)"
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = "is it another user's?" if denied else "what was finished stays, the same command goes on"
+        reason = f"{error.strerror or error} (while {doing}; {hint})"
         raise OSError(error.errno, reason, str(path)) from error
 
 

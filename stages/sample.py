@@ -20,7 +20,7 @@ from data.generated import SAMPLES
 from data.manifest import Plan, VaeIdentity
 from data.rows import Rows
 from data.source import digest
-from data.storage import publish_json
+from data.storage import probe, publish_json
 from data.writer import CacheWriter
 from pipeline.checkpoint import Checkpoint, newest_checkpoint
 from pipeline.noise import NoiseProcess
@@ -46,6 +46,7 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
     if writer.done:
         print(f"sample: all done: {folder}")
         return folder
+    probe(folder, "--run")
     with writer.claimed():
         _draw_missing(config, checkpoint, writer, labels)
         publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
