@@ -6,6 +6,7 @@ the label -1 in its row and its reason in failures.jsonl; index i of a cache is 
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,11 @@ class LatentCache:
         self._places = self.rows % self.manifest.shard_rows if self._format.KEEPS_FAILED else packed
         self._layout = self._format.layout(self.manifest)
         self._verified: set[int] = set()  # numbers of shards
-        self._moments = self._layout.map([path / shard.file for shard in shards], self.manifest)
+
+    @functools.cached_property
+    def _moments(self) -> NDArray[np.floating]:
+        """All shards, mapped into memory when the first of them is read so."""
+        return self._layout.map([self.path / shard.file for shard in self.manifest.shards], self.manifest)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,6 +66,22 @@ class LatentCache:
         """Moments of the images `indices` in their order: `n V 2C h w` in the cache's type. No hash is compared."""
         blocks, rows = np.divmod(self._places[indices], self._layout.rows)
         return self._moments[self.rows[indices] // self.manifest.shard_rows, blocks, rows]
+
+    def load(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
+        """As `read`, from whole shards and without mapping them: for images that lie together, and for disks that may
+        go away, which is an OSError here and the end of the process there. ValueError for a shard of another size."""
+        shard = self.rows[indices] // self.manifest.shard_rows
+        moments = np.empty((len(indices), *self.manifest.row_shape), self.manifest.dtype)
+        for number in np.unique(shard):
+            mine, entry = np.flatnonzero(shard == number), self.manifest.shards[number]
+            payload, places = read(self.path / entry.file), self._places_of(entry)
+            if len(payload) != entry.size:
+                raise ValueError(
+                    f"{self.path / entry.file}: {len(payload)} bytes, {entry.size} were written: {_REMEDY}"
+                )
+            blocks, rows = np.divmod(self._places[indices[mine]], self._layout.rows)
+            moments[mine] = self._layout.view(payload, self.manifest, places)[blocks, rows]
+        return moments
 
     def read_verified(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
         """`read`, once the hash of every shard that holds one of `indices` was compared, the first time it is read.
@@ -107,6 +128,10 @@ class LatentCache:
         if problem := file.problem(self.path):
             raise ValueError(f"{self.path / file.file}: {problem}: {_REMEDY}")
 
+    def _places_of(self, shard: Shard) -> int:
+        """Rows that lie in a shard."""
+        return shard.rows if self._format.KEEPS_FAILED else shard.rows - shard.failed
+
     def _check_sizes(self) -> None:
         """Before anything is allocated or opened: names and sizes follow from the format and the plan."""
         manifest = self.manifest
@@ -114,7 +139,7 @@ class LatentCache:
         if others != sorted([*self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS]):
             raise ValueError(f"{self.path}: files = {others}: not those of a {manifest.format} cache")
         for number, shard in enumerate(manifest.shards):
-            places = shard.rows if self._format.KEEPS_FAILED else shard.rows - shard.failed
+            places = self._places_of(shard)
             expected = (self._format.shard_file(number), self._format.shard_size(manifest, places))
             if (shard.file, shard.size) != expected:
                 raise ValueError(

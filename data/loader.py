@@ -153,7 +153,7 @@ class LatentLoader:
         moments = np.empty((len(indices), *self.cache.manifest.row_shape), self.cache.manifest.dtype)
         for start in range(0, len(indices), self._slice_rows):
             part = lying[start : start + self._slice_rows]
-            moments[part] = self.cache.read(indices[part])
+            moments[part] = self.cache.load(indices[part])
         return moments
 
     def _load(self, device: torch.device) -> Tensor:
@@ -163,7 +163,7 @@ class LatentLoader:
         moments = torch.empty(shape, dtype=getattr(torch, manifest.dtype), device=device)
         for start in range(0, shape[0], self._slice_rows):
             rows = np.arange(start, min(start + self._slice_rows, shape[0]))
-            moments[rows[0] : rows[-1] + 1] = torch.from_numpy(self.cache.read(rows))
+            moments[rows[0] : rows[-1] + 1] = torch.from_numpy(self.cache.load(rows))
         return moments
 
 

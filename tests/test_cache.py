@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +118,40 @@ def test_images_are_read_in_any_order_and_more_than_once(
 ) -> None:
     expected = np.delete(moments, [5, 40], axis=0).astype(np.float16)
     np.testing.assert_array_equal(cache.read(indices), expected[indices])
+
+
+def test_whole_shards_that_are_read_hold_what_is_mapped(cache: LatentCache) -> None:
+    for indices in (np.arange(len(cache)), np.array([70, 3, 3, 31]), np.array([], np.int64)):
+        np.testing.assert_array_equal(cache.load(indices), cache.read(indices), strict=True)
+    shard = cache.path / cache.manifest.shards[1].file
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"^{shard}: [0-9]+ bytes, [0-9]+ were written: "):
+        cache.load(np.array([40]))
+
+
+SHRINKING = """
+import sys
+from pathlib import Path
+import numpy as np
+from data.cache import LatentCache
+
+cache = LatentCache(Path(sys.argv[1]))
+cache.read(np.array([0]))
+shard = cache.path / cache.manifest.shards[1].file
+print(shard, flush=True)
+with open(shard, "r+b") as file:
+    file.truncate(0)
+cache.read(np.array([40]))
+"""
+
+
+def test_a_mapped_shard_that_shrinks_ends_the_process_with_its_name(cache: LatentCache) -> None:
+    command = [sys.executable, "-c", SHRINKING, str(cache.path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=60)
+    assert ended.returncode == 128 + signal.SIGBUS
+    (said,) = ended.stderr.strip().splitlines()
+    assert said.startswith(f"error: {ended.stdout.strip()}: shorter than when it was opened (SIGBUS")
+    assert "latentmill verify" in said
 
 
 @pytest.mark.parametrize("index", [73, -74, 2**40])

@@ -158,13 +158,13 @@ def test_a_small_set_is_streamed_at_once(cache: LatentCache, monkeypatch: pytest
     """With the limits as they are: before the first step no more than two epochs are read, and not as many rows as fit
     into a window."""
     monkeypatch.setattr(loader, "WINDOW_ROWS", 65_536)
-    asked, read = [], cache.read
+    asked, read = [], cache.load
 
     def counted(indices: NDArray[np.int64]) -> NDArray[np.floating]:
         asked.append(len(indices) * cache.manifest.row_bytes)
         return read(indices)
 
-    monkeypatch.setattr(cache, "read", counted)
+    monkeypatch.setattr(cache, "load", counted)
     batches = make_loader(cache, access="streamed")
     batches.batch(0)
     batches._batches._thread.shutdown()
