@@ -167,11 +167,18 @@ def write_staged(file: Path, payload: bytes) -> str:
 
     OSError, with the file, when the disk is full or refuses.
     """
+    with writing(file) as handle:
+        handle.write(payload)
+    return hashlib.sha256(payload).hexdigest()
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[BinaryIO]:
+    """A file of a folder that is staged, open for writing in any order; an OSError names it."""
     with _telling(file, "writing"):
         file.parent.mkdir(exist_ok=True)
         with open(file, "wb") as handle:
-            handle.write(payload)
-    return hashlib.sha256(payload).hexdigest()
+            yield handle
 
 
 def sweep(folder: Path) -> None:

@@ -237,17 +237,19 @@ def test_a_run_that_is_killed_anywhere_and_continued_equals_one_undisturbed(firs
 
 
 class FullDisk:
-    """A disk that is full from operation n on; or in that one alone, when somebody makes room at once."""
+    """A disk whose user's share is full from operation n on; or all of it in that one alone, when somebody makes room
+    at once."""
 
     def __init__(self, n: int, *, for_good: bool) -> None:
         self.n, self.for_good, self.count = n, for_good, 0
+        self.error = errno.EDQUOT if for_good else errno.ENOSPC
 
     def __call__(self, name: str, argument: object, half: Callable[[], object]) -> None:
         self.count += 1
         if self.count == self.n or (self.count > self.n and self.for_good and name not in ("rmdir", "unlink")):
             half()
             named = [str(argument)] if isinstance(argument, str | Path) else []  # the kernel does not know it otherwise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
+            raise OSError(self.error, os.strerror(self.error), *named)
 
 
 @pytest.mark.parametrize("for_good", [False, True], ids=["for a moment", "for good"])
@@ -266,7 +268,7 @@ def test_a_disk_that_is_full_at_any_time_costs_nothing_that_was_finished(
         check_accounts(path)
         if error:
             told += 1
-            assert (error.errno, "\n" in str(error)) == (errno.ENOSPC, False)
+            assert (error.errno, "\n" in str(error)) == (disk.error, False)
             assert str(error.filename).startswith(str(path))
             assert "the same command goes on" in str(error)
             assert not list(path.rglob(".staged-*"))

@@ -7,6 +7,7 @@ how they were stored or listed, and the first n rows are a fixed random subset.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,18 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.storage import checked, claim, publish, publish_checked, read, remove, sha256_file, staged_folder
+from data.storage import (
+    checked,
+    claim,
+    publish,
+    publish_checked,
+    read,
+    remove,
+    sha256_file,
+    staged_folder,
+    write_staged,
+    writing,
+)
 from pipeline.evaluation.networks import FeatureNetwork
 
 _READ = 64  # images that are read at a time
@@ -203,18 +215,19 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     with staged_folder(folder) as staged:
-        shape, done = (len(order), network.dimension), 0
-        for part in parts:  # one at a time, so that memory does not grow with their number
-            features = _read_part(part, ("features",))["features"]
-            mode: Any = "r+" if done else "w+"
-            mapped = np.lib.format.open_memmap(staged / "features.npy", mode=mode, dtype=np.float32, shape=shape)
-            mapped[place[done : done + len(features)]] = features
-            mapped.flush()
-            done += len(features)
-            del mapped
-        np.save(staged / "labels.npy", images.labels[indices[order]])
-        np.save(staged / "indices.npy", indices[order])
-        np.save(staged / "digests.npy", digests[order])
+        with writing(staged / "features.npy") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(order), network.dimension)}
+            np.lib.format.write_array_header_1_0(file, header)
+            start, places = file.tell(), iter(place)
+            for part in parts:  # one at a time, so that memory does not grow with their number
+                for row in _read_part(part, ("features",))["features"]:
+                    file.seek(start + int(next(places)) * row.nbytes)
+                    file.write(row.astype("<f4", copy=False))
+        columns = {"labels": images.labels[indices[order]], "indices": indices[order], "digests": digests[order]}
+        for column, values in columns.items():
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            write_staged(staged / f"{column}.npy", buffer.getvalue())
         failures = {key: reason for part in parts for key, reason in _failures(part).items()}
         hashes = {file.name: sha256_file(file) for file in sorted(staged.iterdir())}
         publish_checked(staged / _META, {"failures": failures, "sha256": hashes})
