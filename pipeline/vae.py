@@ -45,13 +45,14 @@ class FrozenVae:
     _bearable: str | None = None
 
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
-        """`source` is `bundled`, a folder in diffusers' format, a hub id, or one followed by `/vae`, a folder in it.
+        """`source` is `bundled`, a folder in diffusers' format or a hub id: `owner/name`, `owner/name/vae` for a folder
+        in it, and either with `@revision` behind it. That of a hub is remembered with the commit that was loaded.
 
         ValueError, with the way out where there is one, when it cannot be loaded or is no VAE of RGB images.
         """
-        self.source = source
         self.device = torch.device(device)
-        self.model = _load(source).requires_grad_(False).eval().to(self.device)
+        model, self.source = _load(source)
+        self.model = model.requires_grad_(False).eval().to(self.device)
         kernels = {parameter.ndim for parameter in self.model.parameters()}
         # transformers read tokens in the order in which they lie; kernels of videos have no other layout
         images = 4 in kernels and 5 not in kernels and not hasattr(self.model, "reshape_to_2d")
@@ -165,7 +166,8 @@ class FrozenVae:
             )
 
 
-def _load(source: str) -> Any:
+def _load(source: str) -> tuple[Any, str]:
+    """The model, and `source` with the commit of the hub that it is of."""
     from diffusers.utils import logging
 
     folder = BUNDLED if source == "bundled" else Path(source)
@@ -175,8 +177,12 @@ def _load(source: str) -> Any:
     try:
         if folder.exists() or folder.is_absolute() or source.startswith("."):
             _check_folder(folder)
-        kind = _class_of(place)
-        return _with_weights(kind, place, [_variant(folder)] if folder.exists() else [None, "fp16"])
+        kind, commit = _class_of(place)
+        if folder.exists():
+            return _with_weights(kind, place, [_variant(folder)]), source
+        pinned = {**place, "revision": commit or place.get("revision")}
+        model = _with_weights(kind, pinned, [None, "fp16"])
+        return model, f"{source.partition('@')[0]}@{commit}" if commit else source
     # what diffusers and the hub raise for files and networks, too, and for a library that a model needs
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split("\n")[: 2 if isinstance(error, RuntimeError) else 1])
@@ -201,11 +207,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _on_the_hub(source: str) -> dict[str, Any]:
-    """What diffusers is told of a hub id, `owner/name` or `owner/name/folder`."""
-    owner, *rest = source.split("/", 2)
+    """What diffusers is told of a hub id, `owner/name` or `owner/name/folder`, with or without `@revision`."""
+    name, _, revision = source.partition("@")
+    owner, *rest = name.split("/", 2)
+    place = {"revision": revision} if revision else {}
     if len(rest) == 2 and owner not in ("", ".", ".."):
-        return {"pretrained_model_name_or_path": f"{owner}/{rest[0]}", "subfolder": rest[1]}
-    return {"pretrained_model_name_or_path": source}
+        return {"pretrained_model_name_or_path": f"{owner}/{rest[0]}", "subfolder": rest[1], **place}
+    return {"pretrained_model_name_or_path": name, **place}
 
 
 def _is_pipeline(place: dict[str, Any]) -> bool:
@@ -218,12 +226,13 @@ def _is_pipeline(place: dict[str, Any]) -> bool:
     return False
 
 
-def _class_of(place: dict[str, Any]) -> Any:
-    """The class of diffusers that a config.json is of; ValueError where it is no autoencoder of RGB images."""
+def _class_of(place: dict[str, Any]) -> tuple[Any, str | None]:
+    """The class of diffusers that a config.json is of, and the commit of the hub that it is from; ValueError where it
+    is no autoencoder of RGB images."""
     from diffusers import AutoencoderKL
     from diffusers.models import autoencoders
 
-    config = AutoencoderKL.load_config(**place)
+    config, commit = AutoencoderKL.load_config(**place, return_commit_hash=True)
     name = str(config.get("_class_name"))
     kind = getattr(autoencoders, name, None)
     if not isinstance(kind, type):
@@ -231,7 +240,7 @@ def _class_of(place: dict[str, Any]) -> Any:
     taken, returned = (config.get(key, 3) for key in ("in_channels", "out_channels"))
     if (taken, returned) != (3, 3):
         raise ValueError(f"it takes images of {taken} channels and returns {returned}; images here are RGB, of 3")
-    return kind
+    return kind, commit
 
 
 def _variant(folder: Path) -> str | None:

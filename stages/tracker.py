@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import secrets
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from data.storage import publish_json
+from data.storage import parse_json, publish_json, read
 from stages.config import Config
 from stages.watch import optional
 
+_WANDB = "wandb.json"  # in the folder of a run
 WAIT = 30  # seconds that a server may take to answer, at the start and at the end
 
 
@@ -61,13 +61,10 @@ def _start_wandb(run: Path, config: Config) -> Any:
     """A wandb run whose id is kept in the run's folder, so that a resumed run goes on as the same one."""
     import wandb
 
-    file = run / "wandb.json"
-    if not file.exists():
-        publish_json(file, {"id": secrets.token_hex(4)})
     options: dict[str, Any] = {
         "project": "latentmill",
         "name": run.resolve().name,
-        "id": json.loads(file.read_text(encoding="utf-8"))["id"],
+        "id": wandb_id(run),
         "dir": run,
         "config": config.model_dump(mode="json"),
         "settings": wandb.Settings(init_timeout=WAIT, finish_timeout=WAIT),
@@ -83,6 +80,21 @@ def _start_wandb(run: Path, config: Config) -> Any:
             wandb.teardown()  # or the run's id would be taken
             mode = "offline"
     return wandb.init(**options, mode=mode)
+
+
+def wandb_id(run: Path) -> str:
+    """The id that is kept in the folder of a run; a copy of a run gets one of its own, and one that was moved keeps
+    it."""
+    file, here = run / _WANDB, str(run.resolve())
+    said = parse_json(read(file)) if file.exists() else {}
+    before = Path(said.get("folder", here))
+    copied = str(before) != here and (before / _WANDB).exists()
+    if copied:
+        print(f"train: wandb: {run} is a copy of {before}: it goes on as a run of its own", flush=True)
+    kept = {"id": secrets.token_hex(4) if copied or not said else said["id"], "folder": here}
+    if kept != said:
+        publish_json(file, kept)
+    return str(kept["id"])
 
 
 def _has_key() -> bool:

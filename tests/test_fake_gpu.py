@@ -36,6 +36,7 @@ from stages.launch import connect
 from stages.train import Trainer
 from tests.small_world import World
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Disabling autocast")  # for which torch asks for a real one
 GPU = torch.device("cuda", 0)
 
 
@@ -71,7 +72,7 @@ def guarded() -> Iterator[None]:
 def gpu(world: World, guarded: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models are made on the GPU at once: fake parameters cannot be moved."""
     config, build = AutoencoderKL.load_config(world.config.parent / "vae"), stages.train.build_model
-    monkeypatch.setattr(pipeline.vae, "_load", lambda source: on_gpu(AutoencoderKL.from_config, config))
+    monkeypatch.setattr(pipeline.vae, "_load", lambda source: (on_gpu(AutoencoderKL.from_config, config), source))
     monkeypatch.setattr(stages.train, "build_model", lambda *arguments: on_gpu(build, *arguments))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(torch, "Generator", Generator)

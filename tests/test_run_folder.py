@@ -12,6 +12,7 @@ from pipeline.checkpoint import checkpoint_folders
 from stages.cli import main
 from stages.config import load_config
 from stages.run_folder import MARKER
+from stages.tracker import wandb_id
 from tests.small_world import World, log_of, run_stage, state_of, succeed, tree
 
 SHORT = "train.images=16"
@@ -186,3 +187,20 @@ def test_a_line_of_the_log_that_cannot_be_read_is_left_out_aloud(world: World, t
     )
     assert (run / "log.jsonl.1").read_bytes() == damaged
     assert [line["images_seen"] for line in log_of(run)] == [8, 24, 32, 40, 48]
+
+
+def test_a_copy_of_a_run_is_another_one_to_wandb_and_a_moved_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    first = wandb_id(run)
+    assert wandb_id(run) == first
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    second = wandb_id(copy)
+    assert second != first
+    assert wandb_id(copy) == second
+    assert capsys.readouterr().out == f"train: wandb: {copy} is a copy of {run}: it goes on as a run of its own\n"
+    moved = copy.rename(tmp_path / "moved")
+    assert wandb_id(moved) == second
+    assert wandb_id(run) == first

@@ -368,8 +368,14 @@ def test_on_a_hub_a_folder_and_a_variant_are_found(
     for name in ("huggingface_hub.constants.HF_HUB_CACHE", "diffusers.utils.constants.HF_MODULES_CACHE"):
         monkeypatch.setattr(name, str(tmp_path))
     assert refusal("somebody/pipeline") == "it is a whole pipeline: give somebody/pipeline/vae"
-    assert FrozenVae("somebody/pipeline/vae").downsampling == FrozenVae(str(folder)).downsampling
+    vae = FrozenVae("somebody/pipeline/vae")
+    assert vae.downsampling == FrozenVae(str(folder)).downsampling
     assert "somebody/pipeline has weights of the variant fp16 alone" in capsys.readouterr().out
+    pinned = f"somebody/pipeline/vae@{'0' * 40}"  # the name of main may move on, this one does not
+    assert vae.identity().source == pinned
+    (refs / "main").write_text("1" * 40, encoding="utf-8")
+    assert FrozenVae(pinned).identity() == vae.identity()
+    refusal("somebody/pipeline/vae")
 
 
 def test_the_bundled_vae_reconstructs_solids_better_than_their_average_colours() -> None:
