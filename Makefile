@@ -21,6 +21,7 @@ THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( 
 TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --shutdown-timeout 600 --nproc_per_node $(NPROC) -m -- stages
 # which build of torch: without it that of PyPI, for the newest CUDA on Linux; cpu, cu126 and others are at pytorch.org
 INDEX   = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
@@ -32,11 +33,13 @@ help:  ## this help
 	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
 	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
 
-setup: $(READY)  ## .venv with pinned versions
+setup: $(READY)  ## .venv with pinned versions, whose hashes are checked
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentmill needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --require-hashes --no-deps --requirement constraints.txt
+	$(INSTALL) $(INDEX) torch==2.13.0
+	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 all: sample  ## encode, train and sample: images from nothing
