@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -36,7 +38,8 @@ class ParquetFiles:
         first: tuple[str, tuple[str, str | None, tuple[str, ...] | None]] | None = None
         for name, info in infos.items():
             file = _parquet(self, info["name"], os.getpid())
-            columns = _columns(file, info["name"], image_column, label_column)
+            with _telling(info["name"]):
+                columns = _columns(file, info["name"], image_column, label_column)
             first = first or (name, columns)
             if columns != first[1]:
                 raise ValueError(
@@ -45,7 +48,8 @@ class ParquetFiles:
                 )
             self.image, label, self.classes = columns
             count = file.metadata.num_rows
-            self.labels += [None] * count if label is None else _labels(file, label, name)
+            with _telling(info["name"]):
+                self.labels += [None] * count if label is None else _labels(file, label, name)
             self.keys += [f"{name}/{row:06d}" for row in range(count)]
             self.stamps += [stamp({**info, "row": row}) for row in range(count)]
             for group in range(file.metadata.num_row_groups):
@@ -74,16 +78,28 @@ def _parquet(files: ParquetFiles, path: str, pid: int) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ValueError("data.source: Parquet files need pyarrow: pip install 'latentmill[parquet]'") from None
-    try:
+    with _telling(path):
         return pyarrow.parquet.ParquetFile(files.fs.here().open(path))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"data.source: {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _telling(path: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file becomes a ValueError with its name; an OSError of a disk has a number."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"data.source: {path}: damaged: {' '.join(str(error).split())}") from error
 
 
 @functools.lru_cache(maxsize=2)
 def _row_group(files: ParquetFiles, path: str, group: int, pid: int) -> Any:
     """The column of images of a row group, which is read whole: neighbours are asked for next."""
-    return _column(_parquet(files, path, pid), files.image, MAX_GROUP_BYTES, row_groups=[group])
+    with _telling(path):
+        return _column(_parquet(files, path, pid), files.image, MAX_GROUP_BYTES, row_groups=[group])
 
 
 def _column(file: Any, column: str, limit: int, **options: Any) -> Any:
@@ -115,9 +131,10 @@ def _columns(
     image = _choose(images, images, image_column, "image", path, schema.names)
     label = _choose(named, labels, label_column, "label", path, schema.names) if labels else None
     assert image
-    features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = (features.get(label) or {}).get("names") if label else None
-    return image, label, tuple(names) if names else None
+    names = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for key in ("info", "features", label, "names"):
+        names = names.get(key) if isinstance(names, dict) else None
+    return image, label, tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 def _choose(
