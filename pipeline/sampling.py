@@ -71,17 +71,22 @@ def image_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(coordinate_seed("sample", seed, index)) for index in indices]
 
 
-def guided(model: LatentUNet, labels: Tensor, scale: float) -> Denoise:
+def guided(model: LatentUNet, labels: Tensor, scale: float, half: torch.dtype | None = None) -> Denoise:
     """Classifier-free guidance: uncond + scale (cond - uncond) (Ho and Salimans 2021, equation 6, with scale = 1 + w).
 
-    `labels` are int64 `B`. Scale 1 is the conditional model and 0 the unconditional one, at half the cost.
+    `labels` are int64 `B`. Scale 1 is the conditional model and 0 the unconditional one, at half the cost. The model
+    runs under autocast to `half`, if that is given; guidance and sampler stay in float32.
     """
     null = torch.full_like(labels, model.null_class)
 
+    def predict(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, half, enabled=half is not None):
+            return model(x, timestep, classes).sample.float()
+
     def denoise(x: Tensor, timestep: Tensor) -> Tensor:
         if scale == 1 or scale == 0:
-            return model(x, timestep, labels if scale == 1 else null).sample
-        both = model(torch.cat([x, x]), timestep, torch.cat([labels, null])).sample
+            return predict(x, timestep, labels if scale == 1 else null)
+        both = predict(torch.cat([x, x]), timestep, torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 

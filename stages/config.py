@@ -197,6 +197,8 @@ class Sample(Section):
     classes: tuple[str, ...] = ()  # names as they are written, or indices as 2 or index:2; none means all
     seed: Seed = 0
     batch_size: PositiveInt = 50
+    # auto: bf16 on a GPU that computes it; fp32 on a CPU, where bits would depend on the size of a batch
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", exclude_if=lambda value: value == "auto")
 
 
 class Evaluate(Section):

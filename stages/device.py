@@ -28,6 +28,21 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for bf16; without them, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def sampling_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What a model runs under autocast to when samples are drawn; None for float32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and computes_bf16(device) else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def pick_device() -> torch.device:
     """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training.
 

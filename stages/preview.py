@@ -19,6 +19,7 @@ from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
 from stages.config import Config, Sample
+from stages.device import sampling_dtype
 from stages.pictures import save_png, strip
 from stages.start import build_model
 
@@ -60,7 +61,7 @@ def draw_images(
     for start in range(0, len(labels), settings.batch_size):
         part = torch.from_numpy(labels[start : start + settings.batch_size]).to(vae.device)
         latents = draw(
-            guided(model, part, settings.guidance),
+            guided(model, part, settings.guidance, sampling_dtype(settings.precision, vae.device)),
             make_scheduler(settings.scheduler, noise, settings.steps),
             shape=(model.config["in_channels"], size, size),
             generators=image_generators(settings.seed, list(range(start, start + len(part)))),

@@ -27,7 +27,7 @@ from pipeline.noise import NoiseProcess
 from pipeline.pairs import usable_guidance
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from stages.config import Config, Sample
-from stages.device import pick_device
+from stages.device import pick_device, sampling_dtype
 
 
 def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None) -> Path:
@@ -131,6 +131,8 @@ def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
     """A folder whose name says how its samples were drawn; the classes are in it where they are not all."""
     s = config.sample
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
+    if s.precision != "auto":
+        tag += f"-{s.precision}"
     if s.classes:
         tag += "-" + digest([json.dumps(s.classes)])[:8]
     return run / "samples" / tag
@@ -163,7 +165,12 @@ def _draw_batch(
     """Latents `B C h w` of the samples with the indices `batch`, as the VAE's decoder takes them."""
     size = model.config["sample_size"]
     latents = draw(
-        guided(model, torch.from_numpy(labels[batch.start : batch.stop]).to(device), settings.guidance),
+        guided(
+            model,
+            torch.from_numpy(labels[batch.start : batch.stop]).to(device),
+            settings.guidance,
+            sampling_dtype(settings.precision, device),
+        ),
         make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"]), settings.steps),
         shape=(model.config["in_channels"], size, size),
         generators=image_generators(settings.seed, list(batch)),
@@ -208,6 +215,7 @@ def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any,
         "vae": checkpoint.state["vae"],
         "noise": checkpoint.state["noise"],
         "sample": config.sample.model_dump(mode="json"),
+        "dtype": str(sampling_dtype(config.sample.precision, pick_device()) or torch.float32).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "images": [{"index": i, "label": int(label), "class": names[label]} for i, label in enumerate(labels)],
     }

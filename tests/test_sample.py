@@ -214,3 +214,17 @@ def test_sample_ends_in_images_and_stops_before_them_when_asked_to(world: World,
         assert f"{folder}/index.html" in last
     assert len(list((folder / "images").iterdir())) == len(drawn(run))
     assert np.array_equal(LatentCache(folder).labels, [0, 1] * 3)
+
+
+def test_samples_in_half_precision_are_near_those_in_full_and_lie_beside_them(world: World, tmp_path: Path) -> None:
+    run = shutil.copytree(world.run, tmp_path / "run")
+    for precision in ("fp32", "bf16"):
+        succeed("sample", world.config, run, f"sample.precision={precision}", more=("--latents",))
+    folders = {name: next((run / "samples").glob(f"*-{name}")) for name in ("fp32", "bf16")}
+    said = {name: json.loads((folder / "samples.json").read_text()) for name, folder in folders.items()}
+    assert {name: each["dtype"] for name, each in said.items()} == {"fp32": "float32", "bf16": "bfloat16"}
+    exact, rounded = (LatentCache(folders[name]) for name in ("fp32", "bf16"))
+    first, other = (cache.read(np.arange(len(cache))).astype(np.float32) for cache in (exact, rounded))
+    assert 0 < np.abs(other - first).max() < 0.1 * first.std()
+    auto = LatentCache(world.samples)
+    assert (auto.read(np.arange(len(auto))) == exact.read(np.arange(len(exact)))).all()  # on a CPU
