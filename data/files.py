@@ -148,7 +148,7 @@ def _open_archives(
 def _open_zip(fs: AbstractFileSystem, file: str, url: str) -> AbstractFileSystem:
     try:
         archive = fsspec.filesystem("zip", fo=OpenFile(fs, file))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"data.source: {url}: {error}") from error
     names: set[str] = set()
     for name in archive.zip.namelist():

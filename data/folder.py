@@ -6,8 +6,6 @@ import os
 import posixpath
 import re
 import stat
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 from fsspec import AbstractFileSystem
@@ -25,7 +23,7 @@ from data.lists import (
     read_limited,
     read_list,
 )
-from data.source import PassedOver, PerProcess, printable, stamp
+from data.source import PassedOver, PerProcess, printable, read_file, stamp
 
 MAX_FILE_BYTES = 2**30  # of one image file: what a zip says of its size is checked before it is unpacked
 # whose suffix says what they are: they are not opened to see whether they are images
@@ -89,10 +87,7 @@ class Folder:
         if self._local:
             with open(path, "rb") as file:
                 return file.read()
-        try:
-            return self._fs.here().cat_file(path)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"damaged in the zip file: {error}") from error
+        return read_file(self._fs.here(), path)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if self._root else key
@@ -112,12 +107,12 @@ class Folder:
     def _is_image_inside(self, key: str, info: File) -> bool:
         if not info[0]:
             return False
-        if not self._local:
-            return begins_as_image(self._fs.here().cat_file(self._path(key), start=0, end=HEAD_BYTES))
         try:
+            if not self._local:
+                return begins_as_image(read_file(self._fs.here(), self._path(key), end=HEAD_BYTES))
             with open(self._path(key), "rb") as file:
                 return begins_as_image(file.read(HEAD_BYTES))
-        except PermissionError:  # it is counted with the others
+        except (PermissionError, ValueError):  # it is counted with the others
             return False
 
     def _labels(self, images: dict[str, File], others: dict[str, File], label_column: str | None) -> dict[str, Label]:

@@ -13,7 +13,7 @@ import numpy as np
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
-from data.source import NO_CLASS, printable
+from data.source import NO_CLASS, printable, read_file
 from data.storage import parse_json
 
 CLASSES = "classes.txt"
@@ -29,7 +29,10 @@ def read_limited(fs: AbstractFileSystem, path: str, limit: int) -> bytes:
     size = int(fs.info(path)["size"] or 0)
     if size > limit:
         raise ValueError(f"data.source: {printable(path)}: {size:,} bytes, over the limit of {limit:,}")
-    return bytes(fs.cat_file(path))
+    try:
+        return read_file(fs, path)
+    except ValueError as error:
+        raise ValueError(f"data.source: {printable(path)}: {error}") from error
 
 
 def read_list(payload: bytes, name: str, label_column: str | None) -> dict[str, Label] | None:

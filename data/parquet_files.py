@@ -89,7 +89,7 @@ def _telling(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # of names, too
         if getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"data.source: {path}: damaged: {' '.join(str(error).split())}") from error

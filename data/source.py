@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import os
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,6 +100,18 @@ class PassedOver:
 
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: control, format, ends of lines and paragraphs
 _JOINERS = "\u200c\u200d"  # format characters that are part of words, and of emoji
+
+
+def read_file(fs: AbstractFileSystem, path: str, end: int | None = None) -> bytes:
+    """The bytes of a file, or of its beginning; ValueError where it is a member of a zip file that is damaged."""
+    try:
+        return bytes(fs.cat_file(path, start=None if end is None else 0, end=end))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ValueError(f"damaged in the zip file: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError("damaged in the zip file: it would begin before the file does") from error
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.fuzz import OK, fuzz, kinds
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_damaged_and_hostile_files_are_refused_or_read_within_limits(tmp_path: Path) -> None:
     for kind in kinds(tmp_path):
