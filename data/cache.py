@@ -38,7 +38,6 @@ class LatentCache:
         ValueError names the file and what is wrong. No shard is read: `verify` compares their hashes.
         """
         self.path = path
-        self._files = path.absolute()  # shards are opened when they are read, wherever the process is by then
         self.manifest = Manifest.load(path)
         self._format = FORMATS[self.manifest.format]
         self._check_sizes()
@@ -58,7 +57,7 @@ class LatentCache:
     @functools.cached_property
     def _moments(self) -> NDArray[np.floating]:
         """All shards, mapped into memory when the first of them is read so."""
-        return self._layout.map([self._files / shard.file for shard in self.manifest.shards], self.manifest)
+        return self._layout.map([self.path / shard.file for shard in self.manifest.shards], self.manifest)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,7 +74,7 @@ class LatentCache:
         moments = np.empty((len(indices), *self.manifest.row_shape), self.manifest.dtype)
         for number in np.unique(shard):
             mine, entry = np.flatnonzero(shard == number), self.manifest.shards[number]
-            payload, places = read(self._files / entry.file), self._places_of(entry)
+            payload, places = read(self.path / entry.file), self._places_of(entry)
             if (size := len(payload)) != entry.size:
                 raise ValueError(f"{self.path / entry.file}: {size} bytes, {entry.size} were written: {_REMEDY}")
             blocks, rows = np.divmod(self._places[indices[mine]], self._layout.rows)

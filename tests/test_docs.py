@@ -22,13 +22,13 @@ def _block(page: str, containing: str) -> str:
 def test_the_cache_is_read_by_the_lines_of_its_page(
     cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    moments, channels = cache.read(np.arange(len(cache)))[:, 0], cache.manifest.latent_channels
     (tmp_path / "caches").mkdir()
     cache.path.rename(tmp_path / "caches" / "solids")
     monkeypatch.chdir(tmp_path)
     names: dict[str, np.ndarray] = {}
     library = {"zarr": "import json, zarr", "webdataset": "WebDataset"}[cache.manifest.format]
     exec(_block("docs/cache-format.md", library), names)
-    moments, channels = cache.read(np.arange(len(cache)))[:, 0], cache.manifest.latent_channels
     np.testing.assert_array_equal(names["mean"], moments[:, :channels])
     np.testing.assert_array_equal(names["std"], moments[:, channels:])
     np.testing.assert_array_equal(names["labels"], cache.labels)
