@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
@@ -162,14 +162,17 @@ def staged_folder(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def write_staged(file: Path, payload: bytes) -> str:
-    """Write a file of a folder that is staged; the SHA-256 of what was meant to be written.
+def write_staged(file: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file of a folder that is staged, a part after the other; the SHA-256 of what was meant to be written.
 
     OSError, with the file, when the disk is full or refuses.
     """
+    sha = hashlib.sha256()
     with writing(file) as handle:
-        handle.write(payload)
-    return hashlib.sha256(payload).hexdigest()
+        for part in parts:
+            sha.update(part)
+            handle.write(part)
+    return sha.hexdigest()
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -34,6 +34,14 @@ CHECKPOINTS, AVERAGES = "checkpoints", "averages"
 EMA = ("ema", "ema_2")  # folders of the averages; the first is the one that samples are drawn from
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_KINDS = {  # as safetensors calls them, in the order in which it writes them
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # damage; any other OSError is of the disk
 
 
@@ -260,19 +268,41 @@ def _publish(
     """Write `files` of tensors, a config beside each model's weights, and `state` with the hashes of all of them."""
     if not writing:
         for tensors in files.values():
-            for tensor in tensors.values():
-                full(tensor)
+            for name in _order(tensors):
+                full(tensors[name])
         return
     hashes = {}
     with staged_folder(folder) as staged:
         for name, tensors in files.items():
-            payload = save({key: full(value.detach()).cpu().contiguous() for key, value in tensors.items()})
-            hashes[name] = write_staged(staged / name, payload)
+            hashes[name] = write_staged(staged / name, serialized(tensors))
             if name.endswith(WEIGHTS):
                 config = str(Path(name).with_name("config.json"))
-                hashes[config] = write_staged(staged / config, model.to_json_string().encode())
+                hashes[config] = write_staged(staged / config, [model.to_json_string().encode()])
         state = {**state, "sha256": dict(sorted(hashes.items()))}
         publish_json(staged / _STATE, {**state, "seal": _seal(state)})
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a tensor at a time: of a large model
+    no second copy is held (https://github.com/huggingface/safetensors, "Format")."""
+    header: dict[str, Any] = {}
+    end, names = 0, _order(tensors)
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        values = full(tensors[name].detach()).cpu().contiguous()
+        yield values.flatten().view(torch.uint8).numpy().data
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names as they lie in a safetensors file, and in the order in which all processes gather what is dealt out."""
+    kinds = list(_KINDS)
+    return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
 
 
 def _seal(state: dict[str, Any]) -> str:

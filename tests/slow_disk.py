@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline import checkpoint
@@ -11,9 +12,9 @@ from stages.cli import main
 WRITE = checkpoint.write_staged
 
 
-def slow(file: Path, payload: bytes) -> str:
+def slow(file: Path, parts: Iterable[bytes | memoryview]) -> str:
     time.sleep(0.5)
-    return WRITE(file, payload)
+    return WRITE(file, parts)
 
 
 checkpoint.write_staged = slow

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import data.storage
+from pipeline import checkpoint
 from pipeline.checkpoint import (
     checkpoint_folders,
     checkpoint_path,
@@ -107,6 +109,18 @@ def test_a_checkpoint_brings_back_weights_averages_and_optimizers(tmp_path: Path
         for i, state in expected.items():
             assert state.keys() == loaded[i].keys()
             assert all(torch.equal(value, loaded[i][key]) for key, value in state.items())
+
+
+def test_files_are_byte_for_byte_those_of_the_library(tmp_path: Path) -> None:
+    """Of every type, of channels_last kernels, of numbers without a shape, of names beyond ASCII."""
+    tensors = {
+        f"{name} é {kind}": (normals(3, 4, 2, 2, seed=seed).contiguous(memory_format=torch.channels_last) * 9).to(kind)
+        for name in "ba"
+        for seed, kind in enumerate(checkpoint._KINDS)
+    }
+    tensors |= {"step": torch.tensor(7.0), "empty": torch.zeros(0, 3)}
+    expected = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    assert b"".join(checkpoint.serialized(tensors)) == expected
 
 
 def test_loaded_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
         for column, values in columns.items():
             buffer = io.BytesIO()
             np.save(buffer, values)
-            write_staged(staged / f"{column}.npy", buffer.getvalue())
+            write_staged(staged / f"{column}.npy", [buffer.getvalue()])
         failures = {key: reason for part in parts for key, reason in _failures(part).items()}
         hashes = {file.name: sha256_file(file) for file in sorted(staged.iterdir())}
         publish_checked(staged / _META, {"failures": failures, "sha256": hashes})
