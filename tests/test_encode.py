@@ -133,6 +133,24 @@ def test_processes_of_a_launcher_share_the_work(config: Path, monkeypatch: pytes
     assert tree(config.parent / "cache") == tree(config.parent / "whole")
 
 
+def test_of_many_processes_one_lists_a_data_set_that_is_all_encoded(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(config)
+    opened, listed = [], stages.encode.open_config_sources
+
+    def counted(*arguments: Any) -> Any:
+        opened.append(os.environ["RANK"])
+        return listed(*arguments)
+
+    monkeypatch.setattr(stages.encode, "open_config_sources", counted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "all done"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert said in encode(config)
+    assert opened == ["0"]
+
+
 @pytest.mark.parametrize("job", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
 def test_a_job_that_is_none_is_refused(config: Path, job: str) -> None:
     refuse(run_stage("encode", config, config.parent, more=("--job", job)), "--job", job)
