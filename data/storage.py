@@ -162,7 +162,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def write_staged(file: Path, parts: Iterable[bytes | memoryview]) -> str:
+def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) -> str:
     """Write a file of a folder that is staged, a part after the other; the SHA-256 of what was meant to be written.
 
     OSError, with the file, when the disk is full or refuses.

@@ -42,6 +42,7 @@ _KINDS = {  # as safetensors calls them, in the order in which it writes them
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+_PART_BYTES = 2**18  # that are worth a write
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # damage; any other OSError is of the disk
 
 
@@ -282,9 +283,9 @@ def _publish(
         publish_json(staged / _STATE, {**state, "seal": _seal(state)})
 
 
-def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a tensor at a time: of a large model
-    no second copy is held (https://github.com/huggingface/safetensors, "Format")."""
+def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytearray | memoryview]:
+    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a large
+    tensor at a time: no second copy of a model is held (https://github.com/huggingface/safetensors, "Format")."""
     header: dict[str, Any] = {}
     end, names = 0, _order(tensors)
     for name in names:
@@ -293,10 +294,16 @@ def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    small = bytearray(len(text).to_bytes(8, "little") + text)  # what is too little to be written by itself
     for name in names:
-        values = full(tensors[name].detach()).cpu().contiguous()
-        yield values.flatten().view(torch.uint8).numpy().data
+        values = full(tensors[name].detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        if len(values) < _PART_BYTES:
+            small += values
+            continue
+        yield small
+        yield values
+        small = bytearray()
+    yield small
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:

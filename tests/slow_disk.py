@@ -12,7 +12,7 @@ from stages.cli import main
 WRITE = checkpoint.write_staged
 
 
-def slow(file: Path, parts: Iterable[bytes | memoryview]) -> str:
+def slow(file: Path, parts: Iterable[bytes | bytearray | memoryview]) -> str:
     time.sleep(0.5)
     return WRITE(file, parts)
 
