@@ -284,8 +284,8 @@ def _publish(
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytearray | memoryview]:
-    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a large
-    tensor at a time: no second copy of a model is held (https://github.com/huggingface/safetensors, "Format")."""
+    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a large tensor at a time: no second
+    copy of a model is held (https://github.com/huggingface/safetensors, "Format")."""
     header: dict[str, Any] = {}
     end, names = 0, _order(tensors)
     for name in names:

@@ -62,7 +62,8 @@ class FrozenVae:
             self._try_out()
         except (TypeError, ValueError, RuntimeError) as error:  # what models raise that are made for something else
             what = f"{type(self.model).__name__} does not map an image to a grid of latents and back"
-            raise ValueError(f"vae.source: {source}: {what}: {str(error).splitlines()[0]}") from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"vae.source: {source}: {what}: {reason}") from error
 
     def _try_out(self) -> None:
         """Measure what becomes of an image; ValueError where it is not one again."""
