@@ -70,7 +70,7 @@ vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-f
 	$(BIN)/latentmill vae $(call quoted,PHOTOS)
 
 test: $(READY)  ## the tests
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_and_signalled_ends_as_one_that_was_not(world: Worl
         assert f"{number.name}: saved at " in printed
     newest = int(checkpoint_folders(tmp_path)[-1].name)
     assert newest >= 240
-    assert f"continuing {tmp_path} at {newest:,} images" in finish(start(world, tmp_path, 1))
+    assert f"continuing {tmp_path} at {newest:,} images" in succeed("train", world.config, tmp_path, *LONG)
     assert_same(tmp_path, alone)
 
 
@@ -165,7 +165,7 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_trace(world: World, alone: Pat
     assert "SIGINT: saved" not in printed
     assert "Traceback" not in printed
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000100"]
-    finish(start(world, tmp_path, 1))
+    succeed("train", world.config, tmp_path, *LONG)
     assert_same(tmp_path, alone)
 
 
