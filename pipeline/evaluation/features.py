@@ -6,6 +6,7 @@ how they were stored or listed, and the first n rows are a fixed random subset.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -215,22 +216,34 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     with staged_folder(folder) as staged:
-        with writing(staged / "features.npy") as file:
+        whole, hashes = staged / "features.npy", {}
+        with writing(whole) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(order), network.dimension)}
             np.lib.format.write_array_header_1_0(file, header)
-            start, places = file.tell(), iter(place)
-            for part in parts:  # one at a time, so that memory does not grow with their number
-                for row in _read_part(part, ("features",))["features"]:
-                    file.seek(start + int(next(places)) * row.nbytes)
-                    file.write(row.astype("<f4", copy=False))
+            start = file.tell()
+            for row, at in _placed(parts, place):
+                file.seek(start + at * len(row))
+                file.write(row)
+        written = np.load(whole, mmap_mode="r")  # a hash of what is read would not tell
+        if any(written[at].tobytes() != row for row, at in _placed(parts, place)):
+            raise OSError(errno.EIO, "what is read is not what was written", str(whole))
+        hashes[whole.name] = sha256_file(whole)
         columns = {"labels": images.labels[indices[order]], "indices": indices[order], "digests": digests[order]}
         for column, values in columns.items():
             buffer = io.BytesIO()
             np.save(buffer, values)
-            write_staged(staged / f"{column}.npy", [buffer.getvalue()])
+            hashes[f"{column}.npy"] = write_staged(staged / f"{column}.npy", [buffer.getvalue()])
         failures = {key: reason for part in parts for key, reason in _failures(part).items()}
-        hashes = {file.name: sha256_file(file) for file in sorted(staged.iterdir())}
-        publish_checked(staged / _META, {"failures": failures, "sha256": hashes})
+        publish_checked(staged / _META, {"failures": failures, "sha256": dict(sorted(hashes.items()))})
+
+
+def _placed(parts: Sequence[Path], place: NDArray[np.int64]) -> Iterator[tuple[bytes, int]]:
+    """The features of every image, little-endian float32, and their row; a part at a time, so that memory does not grow
+    with their number."""
+    places = iter(place)
+    for part in parts:
+        for row in _read_part(part, ("features",))["features"]:
+            yield row.astype("<f4", copy=False).tobytes(), int(next(places))
 
 
 def _read_part(part: Path, names: Sequence[str]) -> dict[str, NDArray]:
