@@ -22,7 +22,7 @@ class Muon(Optimizer):
     torch's own takes matrices alone, and computes in bfloat16, which many CPUs have no instructions for. Here a kernel
     `O I h w` is the matrix `O hwI`, and parameters of one shape are orthogonalised together. The root mean square of a
     step is 0.2 `lr`, about that of AdamW, so that one learning rate serves both (Liu et al. 2025, "Muon is scalable for
-    LLM training", equation 4). With `found_inf`, a tensor, set to 1, a step changes nothing, as in fused AdamW.
+    LLM training", equation 4). A step changes nothing while the tensor `found_inf` is 1, as in fused AdamW.
     """
 
     found_inf: Tensor | None = None

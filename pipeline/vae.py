@@ -53,10 +53,10 @@ class FrozenVae:
         self.device = torch.device(device)
         model, self.source = _load(source)
         self.model = model.requires_grad_(False).eval().to(self.device)
-        kernels = {parameter.ndim for parameter in self.model.parameters()}
-        # transformers read tokens in the order in which they lie; kernels of videos have no other layout
-        images = 4 in kernels and 5 not in kernels and not hasattr(self.model, "reshape_to_2d")
-        self._layout = torch.channels_last if images else torch.contiguous_format
+        self._of_tokens = type(self.model).__name__ == "AutoencoderRAE"
+        of_videos = any(parameter.ndim == 5 for parameter in self.model.parameters())
+        # tokens are read in the order in which they lie, and kernels of videos have no other layout
+        self._layout = torch.contiguous_format if self._of_tokens or of_videos else torch.channels_last
         self.model.to(memory_format=self._layout)
         try:
             self._try_out()
@@ -144,7 +144,7 @@ class FrozenVae:
 
     def _said(self, name: str) -> Any:
         """A field of the config about the distribution of latents; those of AutoencoderRAE are normalised already."""
-        return None if type(self.model).__name__ == "AutoencoderRAE" else self.model.config.get(name)
+        return None if self._of_tokens else self.model.config.get(name)
 
     def _per_channel(self, name: str) -> tuple[float, ...] | None:
         """A field of the config that has one number a latent channel, or None; ValueError where that is not so."""
