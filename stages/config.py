@@ -143,7 +143,7 @@ class Train(Section):
     accumulate: PositiveInt = 1  # parts in which a process takes its share of a batch, to need less memory
     gradient_checkpointing: bool = False  # less memory for a second forward pass
     compile: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has instructions for it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where that is quicker
     optimizer: Literal["adamw", "muon", "muon_all"] = "adamw"
     lr: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"  # of the learning rate

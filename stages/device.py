@@ -28,18 +28,20 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether it has instructions for bf16; without them, it would be slower than float32."""
+def gains_from_bf16(device: torch.device) -> bool:
+    """Whether bf16 is quicker than float32 on `device`."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # an Intel core multiplies float32 in two units and AVX512-BF16 in one, so that only AMX makes bf16 worth its casts
+    intel = str(has.get("cpu_name", "")).startswith("Intel")
+    return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and not intel))
 
 
 def sampling_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What a model runs under autocast to when samples are drawn; None for float32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and computes_bf16(device) else "fp32"
+        precision = "bf16" if device.type == "cuda" and gains_from_bf16(device) else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from stages.device import computes_bf16, pick_device
+from stages.device import gains_from_bf16, pick_device
 
 _PATIENCE = timedelta(hours=2)  # for one process that compares the hashes of a large cache, or saves
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -30,11 +30,11 @@ _KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")  # of accelerate's ways to use
 
 
 def connect(precision: str) -> Accelerator:
-    """Join the processes that were started together; `precision` auto is bf16 where `computes_bf16`. ValueError when
+    """Join the processes that were started together; `precision` auto is bf16 where `gains_from_bf16`. ValueError when
     they are copies that know nothing of each other, or when this device cannot compute in `precision`."""
     device = pick_device()
     if precision == "auto":
-        precision = "bf16" if computes_bf16(device) else "fp32"
+        precision = "bf16" if gains_from_bf16(device) else "fp32"
     torch.backends.cudnn.benchmark = True  # all steps of a training have the same shapes
     # a bucket is where a compiled backward pass is cut
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=100)

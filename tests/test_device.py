@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stages.device
-from stages.device import pick_device
+from stages.device import gains_from_bf16, pick_device
 from tests.small_world import World, run_stage
 
 
@@ -50,3 +50,19 @@ def test_every_stage_stops_before_it_begins_on_the_wrong_device(driver: Path, wo
         result = run_stage(stage, world.config, tmp_path / "run" if stage != "sample" else world.run, *more)
         assert result.exit_code == 2, result.output
         assert "sees no GPU" in result.output
+
+
+@pytest.mark.parametrize(
+    ("cpu", "instructions", "gains"),
+    [
+        ("AMD EPYC 9R14", {"avx512_bf16": True}, True),
+        ("Intel Xeon", {"avx512_bf16": True, "amx_bf16": False}, False),
+        ("Intel Xeon", {"avx512_bf16": True, "amx_bf16": True}, True),
+        ("AMD EPYC 7R32", {}, False),
+    ],
+)
+def test_bf16_is_for_processors_on_which_it_is_quicker(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, instructions: dict[str, bool], gains: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu, **instructions})
+    assert gains_from_bf16(torch.device("cpu")) == gains
