@@ -27,15 +27,16 @@ import torch
 
 from benchmarks.make_all import steps
 from data.storage import publish_json
+from pipeline.config import Config, load_config
 from pipeline.evaluation.figures import Selected
 from pipeline.evaluation.kernel import kernel_difference, mean_similarity
 from pipeline.evaluation.measure import Row
+from pipeline.training.distributed import connect
+from pipeline.training.trainer import Trainer
 from stages.cli import LocalPath
-from stages.config import Config, load_config
 from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
-from stages.launch import connect
-from stages.train import Trainer, train
+from stages.train import train
 
 ROUNDS, STEPS = 8, 10  # of which the median is a variant's images/s; the first round is a warm-up
 NAMES = "abcdefghijkl"

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.files import ImageFiles
-from data.writer import Job
+from data.cache.writer import Job
+from data.sources.files import ImageFiles
+from pipeline.config import Cache, Config, load_config
 from pipeline.vae import FrozenVae, to_pixels
-from stages.config import Cache, Config, load_config
 from stages.encode import encode
 
 VIEWS = 2

@@ -19,17 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from data.source import Batch, Source, digest
+from data.sources.base import Batch, Source
 from data.storage import publish_json
+from data.text import digest
+from pipeline.config import features_path, load_config
+from pipeline.datasets import cached_sources
+from pipeline.device import pick_device, process_count
 from pipeline.evaluation.features import compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
+from pipeline.evaluation.receipt import written
 from stages.cli import LocalPath
-from stages.config import features_path, load_config
-from stages.datasets import cached_sources
-from stages.device import pick_device, process_count
 from stages.evaluate import HELDOUT, TRAINING
-from stages.report import written
 
 Change = Callable[[Image.Image, int], Image.Image]
 

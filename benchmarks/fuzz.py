@@ -35,19 +35,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.cache import LatentCache
-from data.files import ImageFiles
-from data.images import DECODER_ERRORS, decode_image
-from data.manifest import MANIFEST, Plan, VaeIdentity
-from data.rows import Rows
-from data.source import Batch
+from data.cache.listing import Rows
+from data.cache.manifest import MANIFEST, Plan, VaeIdentity
+from data.cache.reader import LatentCache
+from data.cache.writer import CacheWriter, existing_plan, recorded
+from data.sources.base import Batch
+from data.sources.decode import DECODER_ERRORS, decode_image
+from data.sources.files import ImageFiles
 from data.storage import checked, publish_checked
-from data.writer import CacheWriter, existing_plan, recorded
-from pipeline.checkpoint import EMA, checkpoint_folders, open_checkpoint, save_checkpoint
 from pipeline.ema import Average
+from pipeline.loss import Objective
 from pipeline.noise import NoiseProcess
-from pipeline.objective import Objective
-from pipeline.optimize import make_optimizers
+from pipeline.optim import make_optimizers
+from pipeline.training.checkpoint import EMA, checkpoint_folders, open_checkpoint, save_checkpoint
 from pipeline.unet import LatentUNet
 
 MEMORY, SECONDS = 2**30, 10.0  # that one input may take, beside what the process has

@@ -18,9 +18,9 @@ import click
 import numpy as np
 
 from benchmarks.loader import BATCH, in_process, noise_plan, proc, read_ours
-from data import zarr_format
-from data.cache import DIGESTS, FAILURES, ROWS
-from data.manifest import File, Manifest, Shard
+from data.cache import zarr_format
+from data.cache.manifest import File, Manifest, Shard
+from data.cache.reader import DIGESTS, FAILURES, ROWS
 
 
 @click.command(help=__doc__)

@@ -42,11 +42,11 @@ import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.cache import SHARD_ROWS, LatentCache, least_shard_rows
+from data.cache.listing import Rows
+from data.cache.manifest import Plan, VaeIdentity
+from data.cache.reader import SHARD_ROWS, LatentCache, least_shard_rows
+from data.cache.writer import CacheWriter
 from data.loader import WINDOW_BYTES, WINDOW_ROWS, LatentLoader
-from data.manifest import Plan, VaeIdentity
-from data.rows import Rows
-from data.writer import CacheWriter
 
 BATCH, SHUFFLE_BUFFER, WARM_UP, STEPS = 256, 5_000, 1.0, 2_000  # samples, samples, seconds, batches
 PACKAGES = ("latentmill", "numpy", "torch", "zarr", "webdataset", "mosaicml-streaming", "litdata")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.manifest import Manifest
+from data.cache.manifest import Manifest
 from pipeline.unet import LatentUNet
 
 

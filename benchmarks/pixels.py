@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from data.manifest import VaeIdentity
+from data.cache.manifest import VaeIdentity
 
 SOURCE = "pixels"
-_USERS = ("stages.encode", "stages.train", "stages.evaluate")
+_USERS = ("stages.encode", "pipeline.training.trainer", "stages.evaluate")
 
 
 class Pixels:

@@ -9,7 +9,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from data.solids import render
+from data.sources.solids import render
 
 SIZE, BATCH, BATCHES = 64, 64, 24
 

@@ -26,16 +26,16 @@ import torch
 
 from benchmarks.ablation import Trained, measure_rates, trained
 from benchmarks.pixels import SOURCE, without_vae
-from data.manifest import Manifest
+from data.cache.manifest import Manifest
 from data.storage import publish
-from pipeline.cost import Cost
+from pipeline.config import Config, load_config
+from pipeline.flops import Cost
+from pipeline.pictures import contact_sheet, save_png
+from pipeline.training.setup import build_model
 from pipeline.unet import LatentUNet
 from stages.cli import LocalPath
-from stages.config import Config, load_config
 from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
-from stages.pictures import contact_sheet, save_png
-from stages.start import build_model
 
 PIXELS = (f"vae.source={SOURCE}", "cache.path=caches/results-pixels", "cache.store=mean", "cache.workers=0")
 DISCRETE = ("noise.timesteps=uniform", "sample.scheduler=ddim")

@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.cost import Cost, fitting_rows, peak_flops
+from pipeline.config import Config, load_config
+from pipeline.flops import Cost, fitting_rows, peak_flops
 from pipeline.unet import LatentUNet
-from stages.config import Config, load_config
 
 GPU, MEMORY = "H100", 80e9
 # the autoencoder of the configs, stabilityai/sd-vae-ft-ema: its config, from its model card's repository

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.cache import LatentCache
-from data.solids import CLASSES, Solids
+from data.cache.reader import LatentCache
+from data.sources.solids import CLASSES, Solids
 from data.storage import publish_json
+from pipeline.config import load_config
 from pipeline.vae import FrozenVae, to_images, to_pixels
 from stages.cli import LocalPath
-from stages.config import load_config
 from stages.sample import require_checkpoint, sample
 
 TRAINING, UNSEEN, PER_CLASS = 12_000, 2_000, 50

@@ -33,20 +33,20 @@ from torch import Tensor, nn
 
 from benchmarks.ablation import measure_rates, seconds, trained
 from benchmarks.peers import RECIPES, Peer, Recipe, build, matching, predict, step_flops
-from data.cache import LatentCache
-from data.generated import write_npz
-from data.source import digest
+from data.cache.reader import LatentCache
+from data.sources.generated import write_npz
 from data.storage import publish, publish_json
+from data.text import digest
+from pipeline.config import Config, load_config
 from pipeline.noise import NoiseProcess
 from pipeline.sampling import draw, image_generators, make_scheduler
+from pipeline.training.distributed import connect
+from pipeline.training.setup import build_model, normalization_of
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
 from stages.cli import LocalPath
-from stages.config import Config, load_config
 from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
-from stages.launch import connect
-from stages.start import build_model, normalization_of
 
 RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0), (20, 50)

@@ -39,18 +39,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers import RECIPES, matching, step_flops
-from data.cache import LatentCache
+from data.cache.manifest import Manifest
+from data.cache.reader import LatentCache
 from data.loader import LatentBatch, LatentLoader
-from data.manifest import Manifest
-from data.source import open_source
-from pipeline.optimize import make_optimizers
+from data.sources.files import open_source
+from pipeline.config import Config, load_config
+from pipeline.device import pick_device
+from pipeline.optim import make_optimizers
+from pipeline.training.distributed import connect
+from pipeline.training.metrics import peak_memory
+from pipeline.training.setup import build_model, normalization_of
+from pipeline.training.trainer import Trainer
 from pipeline.vae import FrozenVae, to_pixels
-from stages.config import Config, load_config
-from stages.device import pick_device
-from stages.launch import connect
-from stages.start import build_model, normalization_of
-from stages.train import Trainer, train
-from stages.watch import peak_memory
+from stages.train import train
 
 Step = Callable[[], None]
 RECIPE, ONLINE = "diffusers' recipe", "VAE in the loop"

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.memory import host_memory
-from data.storage import human_bytes
+from data.text import human_bytes
 
 # images that a streamed epoch shuffles together, at most; of two such windows all processes hold their shares
 WINDOW_ROWS, WINDOW_BYTES = 65_536, 2**30

@@ -1,4 +1,4 @@
-"""Every write, flush, rename, delete and lock of the project: nothing is readable under its final name before it is
+"""Every write, flush, rename and delete of the project: nothing is readable under its final name before it is
 complete.
 
 A crash or a full disk at any operation leaves what was there before; what was left staged is overwritten by the next
@@ -17,17 +17,14 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
-_held: set[TextIO] = set()  # locks of this process
 Result = TypeVar("Result")
 _lasting: set[Path] = set()  # folders whose names this process knows to be on the disk
 
@@ -49,7 +46,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     the block meets with another file passes as it is.
     """
     staged = path.with_name(_STAGED + path.name)
-    with _telling(path, "writing"):
+    with telling(path, "writing"):
         make_folder(path.parent)
     try:
         with _create(staged) as file, contextlib.ExitStack() as unfinished:
@@ -63,7 +60,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(staged), str(path.parent)):
             raise
-        with _telling(path, "writing"):
+        with telling(path, "writing"):
             raise
 
 
@@ -77,13 +74,13 @@ def _create(staged: Path) -> BinaryIO:
             file = open(staged, "xb")  # noqa: SIM115 - who asked for it closes it
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError), open(staged, "r+b") as left:  # else it was finished just now
-                if not _try_lock(left.fileno(), wait=False):
+                if not try_lock(left.fileno(), wait=False):
                     name = staged.with_name(staged.name.removeprefix(_STAGED))
                     raise ValueError(f"{name}: another process is writing it: wait for it") from None
                 if _is_at(staged, left):  # and not a later one of this name
                     os.unlink(staged)
             continue
-        if _try_lock(file.fileno(), wait=False) and _is_at(staged, file):
+        if try_lock(file.fileno(), wait=False) and _is_at(staged, file):
             return file
         file.close()  # somebody took it for what a killed process left, before it was locked
 
@@ -178,7 +175,7 @@ def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) ->
 @contextmanager
 def writing(file: Path) -> Iterator[BinaryIO]:
     """A file of a folder that is staged, open for writing in any order; an OSError names it."""
-    with _telling(file, "writing"):
+    with telling(file, "writing"):
         file.parent.mkdir(exist_ok=True)
         with open(file, "wb") as handle:
             yield handle
@@ -194,7 +191,7 @@ def set_aside(path: Path) -> Path:
     """Rename a file or folder to the first of `<name>.1`, `<name>.2`, ... that is free; the new path."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     free = next(name for name in names if not os.path.lexists(name))
-    with _telling(path, "renaming"):
+    with telling(path, "renaming"):
         os.replace(path, free)
         _sync_folder(path.parent)
     return free
@@ -202,7 +199,7 @@ def set_aside(path: Path) -> Path:
 
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log, and have it on the disk."""
-    with _telling(path, "writing"):
+    with telling(path, "writing"):
         new = not path.exists()
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -234,7 +231,7 @@ def make_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds, for good; one that is not there is fine."""
-    with _telling(path, "deleting"):
+    with telling(path, "deleting"):
         if path.is_dir() and not path.is_symlink():
             for folder, folders, files in os.walk(path, topdown=False):
                 for name in files:
@@ -268,63 +265,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def human_bytes(count: int) -> str:
-    """A number of bytes for people: `512 bytes`, `1.5 kB`, `20.0 MB`, `3.1 GB`."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} byte{'' if count == 1 else 's'}"
-
-
-@contextmanager
-def claim(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `file`, in a folder of locks, which the kernel frees when the process ends, however it ends.
-
-    Held by another process, it is waited for or, without `wait`, a ValueError names that process; `what` says what
-    is being done. Locks are advisory (flock): on a file system without them, OSError says so.
-    """
-    with _telling(file, "locking"):
-        handle = _take(file, what, wait=wait)
-    with handle:
-        _held.add(handle)
-        try:
-            yield
-        finally:
-            _held.discard(handle)
-            with contextlib.suppress(OSError):  # it is free all the same, and others may have theirs beside it
-                os.unlink(file)
-                os.rmdir(file.parent)
-
-
-def holder(file: Path) -> str | None:
-    """Who holds the lock `file`; None when nobody does. One that a killed process left is deleted."""
-    with contextlib.suppress(FileNotFoundError), open(file, "r+", encoding="utf-8") as handle:
-        if not _try_lock(handle.fileno(), wait=False):
-            return handle.read() or "another process"
-        os.unlink(file)
-    return None
-
-
-def _take(file: Path, what: str, *, wait: bool) -> TextIO:
-    """The lock `file`, open, with its holder's name in it; it is held until it is closed."""
-    while True:
-        make_folder(file.parent.parent)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(file.parent)
-        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # else its folder went just now
-            handle = stack.enter_context(open(file, "a+", encoding="utf-8"))
-            if not _try_lock(handle.fileno(), wait=wait):
-                handle.seek(0)
-                raise ValueError(f"{file.parent.parent}: {handle.read() or 'another process'} is at work on it")
-            if os.fstat(handle.fileno()).st_nlink == 0:  # its last holder deleted it between our open and our lock
-                continue
-            handle.truncate(0)
-            handle.write(f"{what}, process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')},")
-            handle.flush()
-            stack.pop_all()
-            return handle
-
-
 def read(path: Path) -> bytes:
     """The bytes of a file; an OSError names it."""
     return _reading(path, lambda file: file.read())
@@ -337,7 +277,7 @@ def sha256_file(path: Path) -> str:
 
 def _reading(path: Path, use: Callable[[io.BufferedReader], Result]) -> Result:
     """What `use` makes of a file that is open for reading, from its beginning."""
-    with _telling(path, "reading"):
+    with telling(path, "reading"):
         try:
             with open(path, "rb") as file:
                 return use(file)
@@ -348,18 +288,8 @@ def _reading(path: Path, use: Callable[[io.BufferedReader], Result]) -> Result:
             return use(file)
 
 
-def _let_go() -> None:
-    """A forked process has no part in its parent's locks: it would keep them when the parent is killed."""
-    for handle in _held:
-        handle.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
 @contextmanager
-def _telling(path: Path, doing: str) -> Iterator[None]:
+def telling(path: Path, doing: str) -> Iterator[None]:
     """An OSError from here names `path`, as the kernel does not always, and says what to do."""
     try:
         yield
@@ -370,7 +300,8 @@ def _telling(path: Path, doing: str) -> Iterator[None]:
         raise OSError(error.errno, reason, str(path)) from error
 
 
-def _try_lock(handle: int, *, wait: bool) -> bool:
+def try_lock(handle: int, *, wait: bool) -> bool:
+    """Whether the open file `handle` is locked now (flock), by this process; with `wait`, once it is free."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

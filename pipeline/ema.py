@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.pairs import check_width
+from pipeline.compatibility import check_width
 
 
 def halflife_weight(images_seen: int, batch_size: int, halflife: float) -> float:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from pipeline.pairs import STEPS, check_noise
+from pipeline.compatibility import STEPS, check_noise
 
 LEVELS = 10  # parts of the timesteps in which losses are logged
 

@@ -16,9 +16,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.compatibility import STEPS, check_sampler
 from pipeline.noise import NoiseProcess
-from pipeline.objective import coordinate_seed
-from pipeline.pairs import STEPS, check_sampler
+from pipeline.seeds import coordinate_seed
 from pipeline.unet import LatentUNet
 
 Denoise = Callable[[Tensor, Tensor], Tensor]

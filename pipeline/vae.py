@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.manifest import VaeIdentity
+from data.cache.manifest import VaeIdentity
 
 BUNDLED = Path(__file__).parent / "bundled_vae"
 _PROBE = 128  # pixels a side of the image that shows how many of them become one latent position

@@ -38,7 +38,7 @@ def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except Exception as error:  # the one place where any failure becomes a line; --debug shows all of it
-            from data.source import printable
+            from data.text import printable
 
             if debug or isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
                 raise
@@ -57,7 +57,7 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(config: Path, overrides: tuple[str, ...], run: Path | None, **kwargs: Any) -> None:
-        from stages.config import check_outputs, load_config
+        from pipeline.config import check_outputs, load_config
 
         checked = load_config(config, overrides)
         run = run or Path("runs") / checked.name
@@ -194,6 +194,6 @@ def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, r
 @_errors_in_one_line
 def vae(photos: Path, to: Path, steps: int) -> None:
     """Train the bundled VAE on solids and on PHOTOS, a folder of class folders."""
-    from stages.vae import train_vae
+    from stages.train_vae import train_vae
 
     train_vae(photos, to, steps=steps)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import FAILURES, LatentCache
-from data.manifest import Plan
-from data.rows import Rows
+from data.cache.listing import Rows
+from data.cache.manifest import Plan
+from data.cache.reader import FAILURES, LatentCache
+from data.cache.writer import CacheWriter
 from data.storage import probe
-from data.writer import CacheWriter
 
 
 def convert(source: Path, target: Path, format_: str | None) -> None:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.storage import publish
+from pipeline.config import Config
+from pipeline.datasets import BATCH, DecodedLatents
+from pipeline.device import pick_device
+from pipeline.pictures import contact_sheet, save_png
 from pipeline.vae import FrozenVae
-from stages.config import Config
-from stages.datasets import BATCH, DecodedLatents
-from stages.device import pick_device
-from stages.pictures import contact_sheet, save_png
 
 _NAME_BYTES = 100  # of a class in a file's name
 SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes

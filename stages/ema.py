@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.storage import publish, read, set_aside
-from pipeline.checkpoint import (
+from pipeline.ema import gamma_of, reconstruction, weighted_sum
+from pipeline.training.checkpoint import (
     AVERAGES,
     EMA,
     Checkpoint,
@@ -15,9 +16,8 @@ from pipeline.checkpoint import (
     open_checkpoint,
     save_reconstruction,
 )
-from pipeline.ema import gamma_of, reconstruction, weighted_sum
-from stages.run_folder import CONFIG, MARKER, check_run_folder
-from stages.watch import LOG
+from pipeline.training.metrics import LOG
+from pipeline.training.run_folder import CONFIG, MARKER, check_run_folder
 
 
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> Path:

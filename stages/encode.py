@@ -17,14 +17,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.cache import FAILURES, FORMATS, SHARD_ROWS, LatentCache, least_shard_rows, verified
-from data.images import PREPROCESSING
-from data.manifest import MANIFEST, Failure, Manifest, Plan
-from data.memory import host_memory
-from data.rows import Change, Rows, digests_of, listing_of
-from data.source import Batch, NoImagesError, Source, counted, digest, printable
-from data.storage import free_bytes, human_bytes, probe, publish
-from data.writer import (
+from data.cache.listing import Change, Rows, digests_of, listing_of
+from data.cache.manifest import MANIFEST, Failure, Manifest, Plan
+from data.cache.reader import FAILURES, FORMATS, SHARD_ROWS, LatentCache, least_shard_rows, verified
+from data.cache.writer import (
     CacheWriter,
     DamagedShardsError,
     Job,
@@ -33,11 +29,16 @@ from data.writer import (
     recorded_digests,
     recorded_failures,
 )
+from data.memory import host_memory
+from data.sources.base import Batch, NoImagesError, Source
+from data.sources.decode import PREPROCESSING
+from data.storage import free_bytes, probe, publish
+from data.text import counted, digest, human_bytes, printable
+from pipeline.config import Config, parts_of
+from pipeline.datasets import open_config_sources
+from pipeline.device import pick_device, process_count
 from pipeline.unet import check_model
 from pipeline.vae import ROUNDING, FrozenVae, to_pixels
-from stages.config import Config, parts_of
-from stages.datasets import open_config_sources
-from stages.device import pick_device, process_count
 
 _COMPARED = ".compared"  # beside a cache: which copies of its data set were found to hold the same bytes
 _TRIED = 16  # images that a precision is tried on

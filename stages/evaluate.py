@@ -16,22 +16,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.cache import LatentCache
-from data.generated import open_generated, write_npz
-from data.manifest import MANIFEST, Manifest
-from data.storage import checked, claim, publish_checked, read, remove
-from pipeline.checkpoint import EMA, Checkpoint, checkpoint_path, open_checkpoint
+from data.cache.manifest import MANIFEST, Manifest
+from data.cache.reader import LatentCache
+from data.locks import claim
+from data.sources.generated import open_generated, write_npz
+from data.storage import checked, publish_checked, read, remove
+from pipeline.config import Config, check_config, features_path, heldout_path
+from pipeline.datasets import DecodedLatents, cached_sources
+from pipeline.device import pick_device, process_count
 from pipeline.evaluation.features import Images, compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
+from pipeline.evaluation.receipt import print_table, save_page
 from pipeline.noise import NoiseProcess
 from pipeline.sampling import make_scheduler
+from pipeline.training.checkpoint import EMA, Checkpoint, checkpoint_path, open_checkpoint
+from pipeline.training.run_folder import EVAL, check_run_folder
 from pipeline.vae import FrozenVae
-from stages.config import Config, check_config, features_path, heldout_path
-from stages.datasets import DecodedLatents, cached_sources
-from stages.device import pick_device, process_count
-from stages.report import print_table, save_page
-from stages.run_folder import EVAL, check_run_folder
 from stages.sample import require_checkpoint, sample, sample_folder, settle
 
 PROTOCOLS = {  # what papers call by these names: docs/evaluation.md

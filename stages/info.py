@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, LatentCache
-from data.manifest import Manifest
-from data.source import NoImagesError, Source, counted
-from data.storage import human_bytes, publish
-from data.writer import progress
+from data.cache.manifest import Manifest
+from data.cache.reader import FAILURES, LatentCache
+from data.cache.writer import progress
+from data.sources.base import NoImagesError, Source
+from data.storage import publish
+from data.text import counted, human_bytes
+from pipeline.config import Config
+from pipeline.datasets import source_of
+from pipeline.device import pick_device
+from pipeline.pictures import pairs_sheet, save_png
 from pipeline.vae import FrozenVae, to_images
-from stages.config import Config
-from stages.datasets import source_of
-from stages.device import pick_device
-from stages.pictures import pairs_sheet, save_png
 
 PAIRS = 24  # images shown beside what the VAE keeps of them
 SAMPLED = 4096  # images whose latents make the histograms

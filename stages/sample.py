@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cache import FAILURES, SHARD_ROWS, least_shard_rows
-from data.generated import SAMPLES
-from data.manifest import Plan, VaeIdentity
-from data.rows import Rows
-from data.source import digest
+from data.cache.listing import Rows
+from data.cache.manifest import Plan, VaeIdentity
+from data.cache.reader import FAILURES, SHARD_ROWS, least_shard_rows
+from data.cache.writer import CacheWriter
+from data.sources.generated import SAMPLES
 from data.storage import probe, publish_json
-from data.writer import CacheWriter
-from pipeline.checkpoint import Checkpoint, newest_checkpoint
+from data.text import digest
+from pipeline.compatibility import usable_guidance
+from pipeline.config import Config, Sample
+from pipeline.device import pick_device, sampling_dtype
 from pipeline.noise import NoiseProcess
-from pipeline.pairs import usable_guidance
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
-from stages.config import Config, Sample
-from stages.device import pick_device, sampling_dtype
+from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 
 
 def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None) -> Path:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.cache import ROWS, LatentCache
-from data.manifest import Manifest
-from data.rows import Rows, listing_of
-from data.source import counted
-from data.writer import CacheWriter
-from stages.config import Config, parts_of
+from data.cache.listing import Rows, listing_of
+from data.cache.manifest import Manifest
+from data.cache.reader import ROWS, LatentCache
+from data.cache.writer import CacheWriter
+from data.text import counted
+from pipeline.config import Config, parts_of
 
 
 def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
@@ -51,9 +51,9 @@ def _verify_one(config: Config, path: Path, *, repair: bool) -> None:
 
 
 def _repair(config: Config, path: Path, manifest: Manifest, wrong: list[str]) -> None:
+    from pipeline.datasets import source_of
+    from pipeline.device import pick_device
     from pipeline.vae import FrozenVae
-    from stages.datasets import source_of
-    from stages.device import pick_device
     from stages.encode import encode_pending, plan_rows
 
     source = source_of(config, path)

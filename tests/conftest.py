@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.cache import LatentCache
-from data.manifest import Plan, VaeIdentity
-from data.rows import Rows
-from data.writer import CacheWriter
+from data.cache.listing import Rows
+from data.cache.manifest import Plan, VaeIdentity
+from data.cache.reader import LatentCache
+from data.cache.writer import CacheWriter
 from tests.pictures import PICTURES, SPREAD, write_folder
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.files import ImageFiles
-from data.source import Batch, Source
+from data.sources.base import Batch, Source
+from data.sources.files import ImageFiles
 
 KEYS = ["cat/1.png", "cat/2.PNG", "cat/old/1.png", "dog/1.png", "dog/2.bmp"]
 REDS = [("cat", 0), ("cat", 40), ("cat", 80), ("dog", 120), ("dog", 160)]  # class and red value of each image

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline import checkpoint
+from pipeline.training import checkpoint
 from stages.cli import main
 
 WRITE = checkpoint.write_staged

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.anchor import anchored_autoencoder
+from pipeline.vae_init import anchored_autoencoder
 from stages.cli import main
 
 CLASSES = ("cat", "dog & <fox>")  # the second has to be escaped in a page and in a file's name

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data import folder, tar_shards
-from data.source import NO_CLASS
+from data.sources import folder, tar
+from data.sources.base import NO_CLASS
 from tests.pictures import (
     KEYS,
     PICTURES,
@@ -133,7 +133,7 @@ def test_classes_beside_the_tars_name_the_numbers(tmp_path: Path, memory: bool) 
 
 @pytest.mark.parametrize(
     "beside",
-    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"1.cls": b"x" * (tar_shards.MAX_LABEL_BYTES + 1)}],
+    [{}, {"1.json": b"{}"}, {"1.cls": b""}, {"1.cls": b"x" * (tar.MAX_LABEL_BYTES + 1)}],
     ids=["nothing", "no label", "empty", "huge"],
 )
 def test_an_image_without_a_label_beside_others_has_no_class(tmp_path: Path, beside: dict[str, bytes]) -> None:

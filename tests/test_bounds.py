@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import data.parquet_files
-from data.images import MAX_SCANS, decode_image
+import data.sources.parquet
+from data.sources.decode import MAX_SCANS, decode_image
 from tests.pictures import opened
 
 
@@ -61,7 +61,7 @@ def test_a_value_that_many_rows_refer_to_is_not_multiplied_without_end(
     rows = {"image": [png(8, 8)] * 200, "label": ["a"] * 200} | {column: [large] * 200}
     pyarrow.parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 2**21
-    monkeypatch.setattr(data.parquet_files, "MAX_GROUP_BYTES", 2**26)
+    monkeypatch.setattr(data.sources.parquet, "MAX_GROUP_BYTES", 2**26)
     with pytest.raises(ValueError, match=f"column {column}: over the limit of 67,108,864 bytes"):
         opened(tmp_path / "a.parquet")._container.read(0)
 

@@ -18,11 +18,11 @@ import webdataset
 import zarr
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, ROWS, LatentCache, least_shard_rows
-from data.manifest import MANIFEST, Plan
-from data.rows import Rows
+from data.cache.listing import Rows
+from data.cache.manifest import MANIFEST, Plan
+from data.cache.reader import FAILURES, ROWS, LatentCache, least_shard_rows
+from data.cache.writer import CacheWriter
 from data.storage import remove, sha256_file
-from data.writer import CacheWriter
 
 Moments = NDArray[np.floating]
 Labels = NDArray[np.int64]
@@ -133,7 +133,7 @@ SHRINKING = """
 import sys
 from pathlib import Path
 import numpy as np
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 
 cache = LatentCache(Path(sys.argv[1]))
 cache.read(np.array([0]))

@@ -24,8 +24,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import data.storage
-from pipeline import checkpoint
-from pipeline.checkpoint import (
+from pipeline.ema import Average
+from pipeline.loss import Objective
+from pipeline.optim import make_optimizers
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import (
     checkpoint_folders,
     checkpoint_path,
     load_training_state,
@@ -36,9 +39,6 @@ from pipeline.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from pipeline.ema import Average
-from pipeline.objective import Objective
-from pipeline.optimize import make_optimizers
 from pipeline.unet import LatentUNet
 from tests.small_world import tree
 from tests.test_crash import Death, FullDisk, on_disk, use_disk, was_killed
@@ -374,7 +374,9 @@ def test_files_that_somebody_put_into_a_checkpoint_are_not_loaded(tmp_path: Path
 
 def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 6)
-    monkeypatch.setattr("pipeline.checkpoint.publish_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "pipeline.training.checkpoint.publish_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 12)
     checkpoint, passed_over = newest_checkpoint(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import _TEXTS, Config, Sample, dump_config, load_config
+from pipeline.config import _TEXTS, Config, Sample, dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import stages.encode
-from data.cache import DIGESTS
-from data.source import content_digest
+from data.cache.reader import DIGESTS
+from data.sources.base import content_digest
 from tests.small_world import make_vae as make_tiny_vae
 from tests.small_world import run_stage, succeed, tree, write_config
 from tests.test_encode import refuse

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 import data.storage
-from data.cache import FORMATS, LatentCache
-from data.manifest import MANIFEST, Plan
-from data.rows import Rows
-from data.writer import CacheWriter, existing_plan, progress, recorded, recorded_failures
+from data.cache.listing import Rows
+from data.cache.manifest import MANIFEST, Plan
+from data.cache.reader import FORMATS, LatentCache
+from data.cache.writer import CacheWriter, existing_plan, progress, recorded, recorded_failures
 from tests.test_writer import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child uses no other thread

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.cache import FAILURES, FORMATS, ROWS, LatentCache
-from data.manifest import MANIFEST, Manifest, Plan
-from data.rows import Rows
+from data.cache.listing import Rows
+from data.cache.manifest import MANIFEST, Manifest, Plan
+from data.cache.reader import FAILURES, FORMATS, ROWS, LatentCache
 from data.storage import sha256_file
 from tests.test_cache import EVERY, Moments, changed, files, write
 

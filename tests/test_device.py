@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import stages.device
-from stages.device import gains_from_bf16, pick_device
+import pipeline.device
+from pipeline.device import gains_from_bf16, pick_device
 from tests.small_world import World, run_stage
 
 
@@ -17,7 +17,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with an NVIDIA driver and a torch that sees no GPU."""
     file = tmp_path / "version"
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57\n", encoding="ascii")
-    monkeypatch.setattr(stages.device, "_DRIVER", file)
+    monkeypatch.setattr(pipeline.device, "_DRIVER", file)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,13 +21,13 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import stages.datasets
-import stages.device
+import pipeline.datasets
+import pipeline.device
 import stages.encode
-from data.cache import FAILURES, LatentCache
-from data.manifest import MANIFEST, Manifest
-from data.source import Batch
-from data.writer import progress
+from data.cache.manifest import MANIFEST, Manifest
+from data.cache.reader import FAILURES, LatentCache
+from data.cache.writer import progress
+from data.sources.base import Batch
 from pipeline.vae import FrozenVae
 from stages.cli import main
 from tests.small_world import IMAGE_SIZE, World, make_vae, run_stage, succeed, tree
@@ -117,11 +117,11 @@ def test_processes_are_counted_by_the_cores_of_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, local: str, expected: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(stages.device, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(pipeline.device, "_CPU_LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert stages.device.process_count("auto") == expected
-    assert stages.device.process_count(5) == 5
+    assert pipeline.device.process_count("auto") == expected
+    assert pipeline.device.process_count(5) == 5
 
 
 def test_processes_of_a_launcher_share_the_work(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ class _Dying:
 
 
 def test_a_killed_reader_is_an_error_in_seconds(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.files.ImageFiles.load", _Dying.load)
+    monkeypatch.setattr("data.sources.files.ImageFiles.load", _Dying.load)
     started = time.monotonic()
     result = run_stage("encode", config, config.parent, "cache.workers=1")
     assert result.exit_code == 1
@@ -279,7 +279,7 @@ def test_too_many_failures_stop_the_encode_and_a_retry_ends_as_if_nothing_had_be
 def test_failed_images_are_read_again_and_only_they(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed for a while, such as a network drive, and not because of the file."""
     encode(config, to="whole")
-    read = stages.datasets.open_source
+    read = pipeline.datasets.open_source
 
     def flaky(*arguments: Any, **options: Any) -> Any:
         source = read(*arguments, **options)
@@ -294,7 +294,7 @@ def test_failed_images_are_read_again_and_only_they(config: Path, monkeypatch: p
         return source
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.datasets, "open_source", flaky)
+        patch.setattr(pipeline.datasets, "open_source", flaky)
         assert "37 committed + 3 failed" in encode(config)
         assert "3 of 40 images" in encode(config, more=["--retry-failed"])  # and fail again
     assert LatentCache(config.parent / "cache").manifest.failed == 3

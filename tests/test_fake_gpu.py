@@ -23,17 +23,17 @@ from torch._subclasses.fake_tensor import (
 )
 
 import data.loader
+import pipeline.training.trainer
 import pipeline.vae
-import stages.train
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.loader import LatentLoader
+from pipeline.config import Config, load_config
+from pipeline.latents import _columns
 from pipeline.noise import NoiseProcess, _alphas_cumprod
-from pipeline.objective import _columns
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.training.distributed import connect
+from pipeline.training.trainer import Trainer
 from pipeline.vae import FrozenVae, to_images, to_pixels
-from stages.config import Config, load_config
-from stages.launch import connect
-from stages.train import Trainer
 from tests.small_world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Disabling autocast")  # for which torch asks for a real one
@@ -71,9 +71,9 @@ def guarded() -> Iterator[None]:
 @pytest.fixture
 def gpu(world: World, guarded: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models are made on the GPU at once: fake parameters cannot be moved."""
-    config, build = AutoencoderKL.load_config(world.config.parent / "vae"), stages.train.build_model
+    config, build = AutoencoderKL.load_config(world.config.parent / "vae"), pipeline.training.trainer.build_model
     monkeypatch.setattr(pipeline.vae, "_load", lambda source: (on_gpu(AutoencoderKL.from_config, config), source))
-    monkeypatch.setattr(stages.train, "build_model", lambda *arguments: on_gpu(build, *arguments))
+    monkeypatch.setattr(pipeline.training.trainer, "build_model", lambda *arguments: on_gpu(build, *arguments))
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(FrozenVae, "check", lambda *_: None)  # of the hash of its weights
@@ -117,7 +117,7 @@ def trainer(world: World, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyP
         alone = {"rank": 0, "world_size": 1, "device": GPU}
         return LatentLoader(cache, seed=0, batch_size=config.train.batch_size, access=access, **alone)
 
-    monkeypatch.setattr(stages.train, "open_loader", opened)
+    monkeypatch.setattr(pipeline.training.trainer, "open_loader", opened)
     accelerator = connect("bf16")
     accelerator.state.device = GPU
     trainer = Trainer(config, tmp_path, accelerator, None)

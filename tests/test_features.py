@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.source import Batch
+from data.sources.base import Batch
 from pipeline.evaluation import features as module
 from pipeline.evaluation.features import FeatureSet, compute_features
 

@@ -14,10 +14,9 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-import data.urls
-from data.files import ImageFiles, open_container
-from data.source import open_source
-from data.urls import check_url
+import data.sources.urls
+from data.sources.files import ImageFiles, open_container, open_source
+from data.sources.urls import check_url
 from tests.pictures import (
     KEYS,
     PICTURES,
@@ -122,7 +121,7 @@ def test_a_connection_that_does_not_survive_a_fork_is_made_anew(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("remote", Remote, clobber=True)
-    monkeypatch.setattr(data.urls, "PROTOCOLS", (*data.urls.PROTOCOLS, "remote"))
+    monkeypatch.setattr(data.sources.urls, "PROTOCOLS", (*data.sources.urls.PROTOCOLS, "remote"))
     images = opened(PLACES[name](tmp_path).replace("memory:", "remote:"))
     assert reds(images) == REDS
     (batch,) = in_forks(images, range(5), 1)

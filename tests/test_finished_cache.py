@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from diffusers.utils import logging
 
-from data.manifest import Manifest
-from data.source import counted
-from data.storage import human_bytes
+from data.cache.manifest import Manifest
+from data.text import counted, human_bytes
 from pipeline.vae import FrozenVae
 from tests.small_world import BROKEN, CLASSES, World, make_images, make_vae, run_stage, succeed, tree
 from tests.test_stages import refuse

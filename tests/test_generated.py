@@ -19,9 +19,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.files import ImageFiles
-from data.generated import open_generated, write_npz
-from data.source import NO_CLASS, Source
+from data.sources.base import NO_CLASS, Source
+from data.sources.files import ImageFiles
+from data.sources.generated import open_generated, write_npz
 from tests.pictures import everything, in_forks, write_folder, write_zip
 from tests.small_world import CLASSES, IMAGE_SIZE, World
 

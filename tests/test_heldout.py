@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.heldout import open_heldout, split
-from data.solids import Solids
-from data.source import NO_CLASS, Source
+from data.sources.base import NO_CLASS, Source
+from data.sources.heldout import open_heldout, split
+from data.sources.solids import Solids
 from tests.pictures import everything, opened, picture, reds, write_folder
 from tests.small_world import make_images, run_stage, succeed, tree, write_config
 from tests.small_world import make_vae as make_tiny_vae

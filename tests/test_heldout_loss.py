@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import pipeline.heldout
-from data.manifest import Manifest
-from pipeline.checkpoint import newest_checkpoint
-from pipeline.heldout import DRAWS, HeldOut, drawn_images, heldout_draws
+import pipeline.training.heldout_loss
+from data.cache.manifest import Manifest
+from pipeline.config import Config, heldout_path, load_config
+from pipeline.latents import Normalization
 from pipeline.noise import LEVELS, NoiseProcess, noise_level
-from pipeline.objective import Normalization
-from stages.config import Config, heldout_path, load_config
-from stages.start import build_model, open_heldout
+from pipeline.training.checkpoint import newest_checkpoint
+from pipeline.training.heldout_loss import DRAWS, HeldOut, drawn_images, heldout_draws
+from pipeline.training.plots import draw_curves
+from pipeline.training.setup import build_model, open_heldout
 from stages.train import train
-from stages.watch import draw_curves
 from tests.small_world import World, log_of, make_images, run_stage, succeed, tree
 from tests.test_training import interrupt
 from tests.test_unet import scrambled
@@ -162,7 +162,7 @@ def test_two_measurements_are_equal_and_the_parts_that_a_model_takes_do_not_matt
     held, model = held_out(PROCESSES[1], mean=0.3, std=0.8), scrambled(sample_size=8)
     total, by_noise = measure(held, model)
     assert measure(held, model) == (total, by_noise)
-    monkeypatch.setattr(pipeline.heldout, "_ROWS", 100)
+    monkeypatch.setattr(pipeline.training.heldout_loss, "_ROWS", 100)
     cut = measure(held, model)
     assert cut[0] == pytest.approx(total, rel=1e-5)
     assert cut[1] == pytest.approx(by_noise, rel=1e-5)

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import images
-from data.images import (
+from data.sources import decode
+from data.sources.decode import (
     DECODER_ERRORS,
     FORMATS,
     HEAD_BYTES,
@@ -320,7 +320,7 @@ def test_a_flipped_byte_raises_nothing_but_the_listed_errors(name: str) -> None:
 
 
 def test_the_limit_of_pixels_is_told_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 64)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 64)
     with pytest.raises(ValueError, match="13x5 pixels, over the limit of 64"):
         decode_image(png_of_size(13, 5), 8)  # no pixels: to decode it would be another error
     assert decode_image(encoded(noise(8, 8)), 8).any()

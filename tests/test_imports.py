@@ -1,6 +1,9 @@
+"""Who may import whom: data, then pipeline, then stages; nothing in a circle."""
+
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -9,46 +12,63 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("data", "pipeline", "stages")
-
-
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("data", "pipeline", "stages")
+    for file in sorted((ROOT / package).rglob("*.py"))
+}
+FLOORS = {  # what the modules of a package may import of ours: its own, and these
+    "data": (),
+    "data.cache": ("data.storage", "data.locks", "data.text", "data.sources.base"),
+    "data.sources": ("data.storage", "data.text"),
+    "pipeline": ("data",),
+    "stages": ("data", "pipeline"),
+}
 
 
 def imports(file: Path) -> set[str]:
-    """Full names of all that `file` imports, inside functions too."""
+    """Full names of all that `file` imports, inside functions too: modules, where a name is one of ours."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import escapes this check"
-            names.add(node.module or "")
+            assert node.module
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in FILES else node.module for name in full}
     return names
 
 
-def imported_from(packages: tuple[str, ...], file: Path) -> set[str]:
-    return {name for name in imports(file) if name.split(".")[0] in packages}
+OURS = {module: imports(file) & FILES.keys() - {module} for module, file in FILES.items()}
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_package_has_modules(package: str) -> None:
-    assert len(modules(package)) > 5  # or the tests below would pass on nothing
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
-@pytest.mark.parametrize("file", modules("data"), ids=lambda file: file.name)
-def test_data_imports_no_other_package(file: Path) -> None:
-    assert not imported_from(("pipeline", "stages"), file)
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_package_imports_what_is_below_it(package: str) -> None:
+    modules = [module for module in FILES if within(module, package)]
+    assert len(modules) > 5  # or this would pass on nothing
+    for module in modules:
+        others = {name for name in OURS[module] if not any(within(name, each) for each in (package, *FLOORS[package]))}
+        assert not others, f"{module} imports {others}"
 
 
-@pytest.mark.parametrize("file", modules("pipeline"), ids=lambda file: file.name)
-def test_pipeline_imports_of_data_only_what_is_on_disk(file: Path) -> None:
-    assert imported_from(("data", "stages"), file) <= {"data.manifest", "data.storage"}
+def test_no_import_goes_in_a_circle() -> None:
+    graphlib.TopologicalSorter(OURS).prepare()  # CycleError names it
+
+
+def test_stages_hold_the_command_line_and_verbs_alone() -> None:
+    """A verb is not imported by another file than the command line, unless it goes on where that one ends."""
+    for module, imported in OURS.items():
+        verbs = {name for name in imported if within(name, "stages")}
+        assert not verbs or within(module, "stages"), f"{module} imports {verbs}"
 
 
 def test_the_denoiser_can_travel_alone() -> None:
-    outside = {name.split(".")[0] for name in imports(ROOT / "pipeline" / "unet.py")} - sys.stdlib_module_names
+    outside = {name.split(".")[0] for name in imports(FILES["pipeline.unet"])} - sys.stdlib_module_names
     assert outside == {"torch", "diffusers"}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data.source import NO_CLASS
-from stages.config import Cache, Config, Data, check_outputs, dump_config
+from data.sources.base import NO_CLASS
+from pipeline.config import Cache, Config, Data, check_outputs, dump_config
 from tests.pictures import PICTURES, REDS, opened, picture, reds, write_folder, write_tar, write_zip
 from tests.small_world import run_stage, tree
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from data.source import NO_CLASS
+from data.sources.base import NO_CLASS
 from tests.pictures import (
     REDS,
     opened,

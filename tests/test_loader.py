@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from data import loader
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.loader import LatentLoader, epoch_order, streamed_order
 
 CPU = torch.device("cpu")

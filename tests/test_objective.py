@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.cost import Cost, fitting_rows, peak_flops
 from pipeline.ema import Average, gamma_of, halflife_weight, power_weight, reconstruction, weighted_sum
+from pipeline.flops import Cost, fitting_rows, peak_flops
+from pipeline.latents import Draws, Normalization, draw_latents
+from pipeline.loss import Objective
 from pipeline.muon import Muon
 from pipeline.noise import NoiseProcess
-from pipeline.objective import Draws, Normalization, Objective, coordinate_seed, draw_latents
-from pipeline.optimize import FiniteGuard, clip_gradients, lr_at, make_optimizers
+from pipeline.optim import FiniteGuard, clip_gradients, lr_at, make_optimizers
+from pipeline.seeds import coordinate_seed
 from tests.test_unet import build, scramble, scrambled
 
 FLOW = NoiseProcess("flow", "flow")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.source import NO_CLASS
+from data.sources.base import NO_CLASS
 from tests.pictures import KEYS, PICTURES, REDS, opened, parquet_of, picture, reds, write_parquet
 
 

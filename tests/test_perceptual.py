@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.solids import Solids
+from data.sources.solids import Solids
 from pipeline import perceptual
 from pipeline.perceptual import Backbone, Discriminator, perceptual_distance
 from pipeline.vae import to_pixels

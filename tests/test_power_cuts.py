@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 
 import data.storage
-from data.cache import LatentCache
-from pipeline.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside_newer
+from data.cache.reader import LatentCache
+from pipeline.training.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside_newer
 from tests.test_checkpoint import trained
 from tests.test_crash import Encode, _in_a_hurry, entries, first, small, tmp_path, use_disk  # noqa: F401
 

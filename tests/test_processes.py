@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.loader import LatentLoader
-from pipeline.checkpoint import checkpoint_folders
+from pipeline.training.checkpoint import checkpoint_folders
 from tests.small_world import World, log_of, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-import stages.quick_score
-import stages.train
-import stages.watch
+import pipeline.training.plots
+import pipeline.training.quick_score
+import pipeline.training.trainer
 from tests.small_world import World, succeed, weights_of
 from tests.test_features import Means
 
 
 @pytest.fixture(autouse=True)
 def _quick_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.quick_score, "open_network", lambda name, weights, device: Means())
-    monkeypatch.setattr(stages.quick_score, "SCORED", 40)
+    monkeypatch.setattr(pipeline.training.quick_score, "open_network", lambda name, weights, device: Means())
+    monkeypatch.setattr(pipeline.training.quick_score, "SCORED", 40)
 
 
 def lines_of(run: Path, name: str = "KD-Means") -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def train(world: World, run: Path, *overrides: str) -> str:
 def test_a_score_is_logged_when_it_is_due_and_the_run_learns_the_same(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.train, "draw_curves", stages.watch.draw_curves)
+    monkeypatch.setattr(pipeline.training.trainer, "draw_curves", pipeline.training.plots.draw_curves)
     said = train(world, tmp_path / "run")
     lines = lines_of(tmp_path / "run")
     assert [line["images_seen"] for line in lines] == [16, 32, 48]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.manifest import MANIFEST, Manifest
-from pipeline.checkpoint import newest_checkpoint
-from pipeline.optimize import lr_course
-from stages.config import Train, load_config
+from data.cache.manifest import MANIFEST, Manifest
+from pipeline.config import Train, load_config
+from pipeline.optim import lr_course
+from pipeline.training.checkpoint import newest_checkpoint
 from tests.small_world import BROKEN, World, make_images, run_stage, state_of, succeed, tree
 
 SHORT = "train.images=16"
@@ -83,7 +83,7 @@ def test_another_machine_or_version_is_said_with_both_values(
     assert known.keys() >= {"torch", "numpy", "diffusers", "accelerate", "processes", "threads", "device"}
     monkeypatch.setattr("numpy.__version__", "9.9")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "Z80")
-    monkeypatch.setattr("stages.launch.version", lambda name: f"{name} of tomorrow")
+    monkeypatch.setattr("pipeline.training.distributed.version", lambda name: f"{name} of tomorrow")
     (line,) = lines_of(succeed("train", world.config, run, "train.images=20"), "train: instructions")
     assert line == (
         f"train: instructions {known['instructions']} -> Z80, numpy {known['numpy']} -> 9.9,"
@@ -97,7 +97,7 @@ def test_another_kind_of_gpu_draws_other_noise_which_is_said(
     world: World, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "run")
-    monkeypatch.setattr("stages.launch._device_name", lambda accelerator: "NVIDIA H100")
+    monkeypatch.setattr("pipeline.training.distributed._device_name", lambda accelerator: "NVIDIA H100")
     (line,) = lines_of(succeed("train", world.config, run, "train.images=20"), "train: device")
     assert line == "train: device cpu -> NVIDIA H100: same images in the same order, other noise, but bits may differ"
 

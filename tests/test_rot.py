@@ -21,9 +21,9 @@ import stages.decode
 import stages.encode
 import stages.info
 import stages.sample
-from data.cache import ROWS, LatentCache
-from data.manifest import MANIFEST, Manifest
-from data.writer import CacheWriter, progress, recorded
+from data.cache.manifest import MANIFEST, Manifest
+from data.cache.reader import ROWS, LatentCache
+from data.cache.writer import CacheWriter, progress, recorded
 from stages.cli import main
 from tests.small_world import IMAGE_SIZE, World, make_vae, run_stage, succeed, tree
 from tests.test_encode import add_image, refuse

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.cache import ROWS
-from data.manifest import Draft, Plan
-from data.rows import Change, Rows
+from data.cache.listing import Change, Rows
+from data.cache.manifest import Draft, Plan
+from data.cache.reader import ROWS
 
 
 def listing(**images: tuple[str, str]) -> Any:

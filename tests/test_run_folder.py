@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.checkpoint import checkpoint_folders
+from pipeline.config import load_config
+from pipeline.training.checkpoint import checkpoint_folders
+from pipeline.training.run_folder import MARKER
+from pipeline.training.tracker import wandb_id
 from stages.cli import main
-from stages.config import load_config
-from stages.run_folder import MARKER
-from stages.tracker import wandb_id
 from tests.small_world import World, log_of, run_stage, state_of, succeed, tree
 
 SHORT = "train.images=16"

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.cache import LatentCache
-from data.manifest import Manifest
-from pipeline.pairs import usable_guidance
-from stages.config import load_config
+from data.cache.manifest import Manifest
+from data.cache.reader import LatentCache
+from pipeline.compatibility import usable_guidance
+from pipeline.config import load_config
+from pipeline.training.setup import build_model
 from stages.sample import choose_classes
-from stages.start import build_model
 from tests.small_world import (
     CLASSES,
     IMAGE_SIZE,

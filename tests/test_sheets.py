@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.source import printable
-from stages import pictures
+from data.text import printable
+from pipeline import pictures
+from pipeline.pictures import contact_sheet, draw_texts, pairs_sheet
 from stages.decode import _file_name
-from stages.pictures import contact_sheet, draw_texts, pairs_sheet
 from tests.small_world import World, make_images, succeed
 from tests.test_sample import drawn, train_on
 

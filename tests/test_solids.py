@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.solids import CLASSES, KINDS, Solids, label, render, scene
+from data.sources.solids import CLASSES, KINDS, Solids, label, render, scene
 
 # By elementary geometry, from the measures in data/solids.py.
 VOLUMES = {

@@ -19,9 +19,9 @@ from click.testing import CliRunner, Result
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.storage import sha256_file
-from pipeline.checkpoint import newest_checkpoint
+from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.vae import to_images, to_pixels
 from stages.cli import main
 from tests.small_world import BROKEN, CLASSES, IMAGE_SIZE, World, make_images, make_vae, run_stage, succeed, tree
@@ -332,8 +332,8 @@ def test_help_lists_every_stage() -> None:
 def test_wandb_without_a_key_is_offline_and_asks_nothing(world: World, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from stages.config import load_config
-from stages.tracker import Tracker
+from pipeline.config import load_config
+from pipeline.training.tracker import Tracker
 config = load_config(Path({str(world.config)!r}))
 with Tracker("wandb", Path({str(tmp_path)!r}), config, images_seen=0, active=True) as tracker:
     tracker.log({{"images_seen": 8, "loss": 1.0, "loss_by_noise": [0.5, None]}})

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import data.storage
-from data.storage import claim, free_bytes, holder, probe, publish, remove, staged_folder
+from data.locks import claim, holder
+from data.storage import free_bytes, probe, publish, remove, staged_folder
 
 
 class Crash(Exception):  # noqa: N818 - it stands for the end of the process
@@ -80,7 +81,7 @@ def test_a_staged_file_that_was_taken_for_a_leftover_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process deletes it after it was made and before it is locked."""
-    taken, lock = [], data.storage._try_lock
+    taken, lock = [], data.storage.try_lock
 
     def late(handle: int, *, wait: bool) -> bool:
         if not taken:
@@ -88,7 +89,7 @@ def test_a_staged_file_that_was_taken_for_a_leftover_is_made_again(
             os.unlink(tmp_path / ".staged-file")
         return lock(handle, wait=wait)
 
-    monkeypatch.setattr(data.storage, "_try_lock", late)
+    monkeypatch.setattr(data.storage, "try_lock", late)
     publish(tmp_path / "file", b"content")
     assert tree(tmp_path) == {"file": b"content"}
 
@@ -144,7 +145,7 @@ def test_removing_takes_files_folders_and_links_but_not_what_a_link_shows(tmp_pa
 HOLD = """
 import sys
 from pathlib import Path
-from data.storage import claim
+from data.locks import claim
 
 with claim(Path(sys.argv[1]), "job 1/2"):
     print("held", flush=True)

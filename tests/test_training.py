@@ -13,12 +13,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data.cache import LatentCache
+from data.cache.reader import LatentCache
 from data.loader import LatentLoader
-from pipeline.checkpoint import checkpoint_folders
-from stages.config import Config, load_config
-from stages.launch import in_background
-from stages.train import Trainer, train
+from pipeline.config import Config, load_config
+from pipeline.training.checkpoint import checkpoint_folders
+from pipeline.training.distributed import in_background
+from pipeline.training.trainer import Trainer
+from stages.train import train
 from tests.small_world import World, log_of, make_vae, run_stage, succeed, tree
 from tests.test_checkpoint import flip_a_byte, lose_the_state
 
@@ -233,7 +234,7 @@ def test_a_signal_while_the_cache_is_still_verified_saves_nothing_and_waits_for_
 
     monkeypatch.setattr(Trainer, "_update", signalled)
     monkeypatch.setattr(LatentCache, "verify", lambda self: verified.wait(60))
-    monkeypatch.setattr("stages.train._GRACE", 0.1)
+    monkeypatch.setattr("pipeline.training.trainer._GRACE", 0.1)
     result = run_stage("train", world.config, tmp_path)
     assert result.exit_code == 128 + signal.SIGTERM
     assert "SIGTERM: the cache is not verified yet, so nothing new is saved" in result.stdout

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from torch import Tensor, nn
 
-from data.manifest import VaeIdentity
-from data.solids import render
-from pipeline.anchor import SIGMA, anchored_autoencoder
+from data.cache.manifest import VaeIdentity
+from data.sources.solids import render
 from pipeline.vae import FrozenVae, to_images, to_pixels
+from pipeline.vae_init import SIGMA, anchored_autoencoder
 from tests.small_world import make_vae
 
 

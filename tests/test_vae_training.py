@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data.files import ImageFiles
-from data.heldout import split
-from pipeline.anchor import SIGMA
-from stages import vae as stage
+from data.sources.files import ImageFiles
+from data.sources.heldout import split
+from pipeline.vae_init import SIGMA
+from stages import train_vae as stage
 
 STEPS = 4
 

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import stages.train
+import pipeline.training.trainer
+from pipeline.config import load_config
 from pipeline.noise import LEVELS
-from stages.config import load_config
-from stages.tracker import Tracker
-from stages.watch import Window, draw_curves
+from pipeline.training.metrics import Window
+from pipeline.training.plots import draw_curves
+from pipeline.training.tracker import Tracker
 from tests.small_world import CLASSES, IMAGE_SIZE, World, log_of, run_stage, succeed, tree
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_what_is_for_people_to_look_at_never_stops_a_run(
         assert (tmp_path / "checkpoints" / "000000048").is_dir(), "the checkpoint comes first"
         raise error
 
-    monkeypatch.setattr(stages.train, part, fail)
+    monkeypatch.setattr(pipeline.training.trainer, part, fail)
     said = succeed("train", world.config, tmp_path).splitlines()
     warnings = [line for line in said if "training goes on without it" in line]
     assert len(warnings) == 1
@@ -187,7 +188,7 @@ def test_tensorboard_has_every_line_of_the_log(world: World, tmp_path: Path) -> 
 def test_tensorboard_that_is_not_installed_is_asked_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.tracker.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.training.tracker.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         Tracker("tensorboard", tmp_path, load_config(world.config), images_seen=0, active=True)
 
@@ -202,7 +203,7 @@ def test_a_server_that_does_not_answer_does_not_disturb_a_run(world: World, tmp_
         "HOME": str(tmp_path),
         "WANDB_MODE": "online",
     }
-    code = "import stages.tracker, stages.cli; stages.tracker.WAIT = 1; stages.cli.main()"
+    code = "import pipeline.training.tracker, stages.cli; pipeline.training.tracker.WAIT = 1; stages.cli.main()"
     command = [sys.executable, "-c", code, "train", "--config", str(world.config), "--run", str(tmp_path / "run")]
     done = subprocess.run(
         [*command, "--set", "train.tracker=wandb"],

@@ -12,11 +12,12 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.checkpoint import checkpoint_folders
+from pipeline.config import load_config
+from pipeline.training.checkpoint import checkpoint_folders
+from pipeline.training.distributed import _check_fsdp, connect
+from pipeline.training.trainer import Trainer
 from pipeline.unet import LatentUNet
-from stages.config import load_config
-from stages.launch import _check_fsdp, connect
-from stages.train import Trainer, train
+from stages.train import train
 from tests.small_world import World, log_of, run_stage, state_of, succeed, tree, weights_of
 from tests.test_training import interrupt, poison
 
@@ -126,7 +127,7 @@ def test_a_compiled_run_learns_what_another_one_does(
 def test_a_batch_size_by_memory_is_written_down_and_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.start._MIN_STEPS", 10)
+    monkeypatch.setattr("pipeline.training.setup._MIN_STEPS", 10)
     printed = succeed("train", world.config, tmp_path, "train.batch_size=auto", "train.images=20")
     assert "train.batch_size = 2 (auto" in printed
     assert load_config(tmp_path / "config.yaml").train.batch_size == 2
@@ -138,8 +139,8 @@ def test_a_batch_size_by_memory_is_written_down_and_kept(
 def test_a_batch_size_by_memory_fits_into_half_of_what_is_free(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: str
 ) -> None:
-    monkeypatch.setattr("stages.start._MIN_STEPS", 1)
-    monkeypatch.setattr("stages.start._free_memory", lambda accelerator: free)
+    monkeypatch.setattr("pipeline.training.setup._MIN_STEPS", 1)
+    monkeypatch.setattr("pipeline.training.setup._free_memory", lambda accelerator: free)
     result = run_stage("train", world.config, tmp_path, "train.batch_size=auto", "train.images=40")
     assert expected in result.output
 

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.cache import FAILURES, FORMATS, LatentCache
-from data.manifest import MANIFEST, Draft, Manifest, Plan
-from data.rows import Rows
+from data.cache.listing import Rows
+from data.cache.manifest import MANIFEST, Draft, Manifest, Plan
+from data.cache.reader import FAILURES, FORMATS, LatentCache
+from data.cache.writer import CacheWriter, DamagedShardsError, Job, progress, recorded, recorded_failures
 from data.storage import probe
-from data.writer import CacheWriter, DamagedShardsError, Job, progress, recorded, recorded_failures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child uses no other thread
 Moments = NDArray[np.floating]

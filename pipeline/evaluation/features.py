@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.locks import claim
 from data.storage import (
     checked,
-    claim,
     publish,
     publish_checked,
     read,

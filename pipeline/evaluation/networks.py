@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.storage import claim, human_bytes, probe, sha256_file, staged_file
+from data.locks import claim
+from data.storage import probe, sha256_file, staged_file
+from data.text import human_bytes
 from pipeline.evaluation.dinov2 import DinoV2
 from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3

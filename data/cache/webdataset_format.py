@@ -1,0 +1,61 @@
+"""The cache as a webdataset: tar shards with `<row>.cls` and `<row>.moments.npy` for every committed row."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.cache.manifest import FAILED, Plan
+from data.cache.mapping import Layout
+
+FOLDER = "shards"
+LABELS = "labels.npy"
+OTHER_FILES = (LABELS,)
+KEEPS_FAILED = False  # a webdataset has no empty places
+_BLOCK = 512  # tar pads every header and every member to it
+_NPY_HEADER = 128
+
+
+def layout(plan: Plan) -> Layout:
+    """A row is a header, its class, a header and its array, each filled up to whole blocks; so all rows are alike."""
+    return Layout(rows=1, lead=3 * _BLOCK + _NPY_HEADER, trail=-(_NPY_HEADER + plan.row_bytes) % _BLOCK)
+
+
+def shard_file(number: int) -> str:
+    return f"{FOLDER}/{number:06d}.tar"
+
+
+def shard_size(plan: Plan, rows: int) -> int:
+    """Bytes of a shard of that many rows: a tar ends with two empty blocks, and is filled up to 20 blocks."""
+    record = 20 * _BLOCK
+    return -(-(layout(plan).size(plan, rows) + 2 * _BLOCK) // record) * record
+
+
+def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
+    """One shard; rows that failed are left out."""
+    import webdataset
+
+    buffer = io.BytesIO()
+    start = plan.rows_of(number).start
+    writer = webdataset.TarWriter(buffer, mtime=0, encoder=False)
+    for place in np.flatnonzero(labels != FAILED):
+        array = io.BytesIO()
+        np.lib.format.write_array(array, values[place], allow_pickle=False)
+        members = {"cls": str(labels[place]).encode(), "moments.npy": array.getvalue()}
+        writer.write({"__key__": f"{start + place:09d}", **members})
+    writer.close()
+    return buffer.getvalue()
+
+
+def other_files(plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
+    """All labels in one file: to gather them from the shards would be to read these whole."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, labels.astype("<i8"), allow_pickle=False)
+    return {LABELS: buffer.getvalue()}
+
+
+def decode_labels(payload: bytes) -> NDArray[np.int64]:
+    """`label[N]` from the bytes of its file, whose SHA-256 was checked."""
+    return np.frombuffer(payload[_NPY_HEADER:], "<i8").astype(np.int64)

@@ -1,0 +1,449 @@
+"""Writes a latent cache: shard by shard, by any number of jobs, the manifest last.
+
+Until the manifest is there, `plan.json` says what is being written and `records/` what of it is finished; a shard has
+its record once it is published. To change a finished cache is to reopen it: its manifest becomes a plan and records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.cache.listing import Rows, listing_of
+from data.cache.manifest import (
+    FAILED,
+    MANIFEST,
+    Draft,
+    Failure,
+    File,
+    KeptShard,
+    Manifest,
+    Plan,
+    Shard,
+    ShardRecord,
+    first_difference,
+    parse,
+)
+from data.cache.reader import DIGESTS, FAILURES, FORMATS, ROWS, verified
+from data.locks import claim, holder
+from data.storage import publish, publish_checked, read, remove, sha256_file
+from data.text import counted, printable
+
+_PLAN = "plan.json"
+_RECORDS = "records"
+_LOCKS = ".locks"
+_PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
+_DATA_SET = {"rows", "classes", "data_fingerprint", "data_bytes"}
+_ANEW = "delete it, and the same command writes its shard anew"
+
+
+class DamagedShardsError(ValueError):
+    """Shards that are no longer what was written; they have lost their records, so that they are pending again."""
+
+
+class Job(NamedTuple):
+    """Number `number`, from 0, of `jobs` independent writers; each deals with shards of its own."""
+
+    number: int = 0
+    jobs: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.jobs}"
+
+    def share(self, shards: int) -> range:
+        """Adjacent shards: their images tend to lie together."""
+        return range(self.number * shards // self.jobs, (self.number + 1) * shards // self.jobs)
+
+
+class CacheWriter:
+    """Writes the shards of its job that a cache still lacks; a crash loses the shard at hand and no other.
+
+    Used as a context, in which no other writer of the same shards is let in.
+    """
+
+    def __init__(self, path: Path, plan: Plan, rows: Rows, job: Job | None = None, *, change: bool = False) -> None:
+        """ValueError names the field in which what lies at `path` differs from `plan`.
+
+        With `change` the data set may: the cache may lack the last of `rows`, and `redo` takes new versions of rows.
+        """
+        assert len(rows.keys) == len(rows.labels) == plan.rows
+        self.path, self.plan, self.rows, self.job = path, plan, rows, job or Job()
+        self._format = FORMATS[plan.format]
+        self._may_differ = _DATA_SET if change else set()
+        self._check_plan()
+
+    @property
+    def done(self) -> bool:
+        found = existing_plan(self.path) if (self.path / MANIFEST).exists() else None
+        return found is not None and found.rows == self.plan.rows
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other writers of this job's shards out; ValueError names the one that is at work already."""
+        locks, name = self.path / _LOCKS, f"{self.job.number + 1}-of-{self.job.jobs}"
+        with claim(locks / name, f"job {self.job}"):
+            for other in locks.glob("*-of-*"):
+                at_work = holder(other) if other.name.split("-of-")[1] != str(self.job.jobs) else None
+                if at_work:
+                    raise ValueError(f"{self.path}: {at_work} is at work on it, with another number of jobs")
+            with self._locked():
+                self._check_plan()
+                self._start()
+            yield
+
+    def pending(self) -> list[int]:
+        """Numbers of this job's shards that are not there yet."""
+        missing = [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
+        return [] if self.done else missing  # asked last: a job that finishes deletes the records
+
+    def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
+        """The rows of a pending shard whose moments `write` asks for: all but what an older version of it holds."""
+        rows, kept = np.array(self.plan.rows_of(shard)), self._kept(shard)
+        return rows if kept is None else np.setdiff1d(rows, [*kept.rows, *(f.row for f in kept.failures)])
+
+    def write(
+        self,
+        shard: int,
+        moments: NDArray[np.floating],
+        failures: Mapping[int, str],
+        digests: Mapping[int, str] | None = None,
+    ) -> list[Failure]:
+        """Publish one shard; its failures.
+
+        `moments` are `rows V 2C h w`, of `rows_to_encode`; `failures` maps a row to its reason, `digests` to the digest
+        of its image file, where there is one. Rows with values that are not finite in the cache's type become failures:
+        they are never committed.
+        """
+        rows, fresh, kept = self.plan.rows_of(shard), self.rows_to_encode(shard), self._kept(shard)
+        values = np.full((len(rows), *self.plan.row_shape), np.nan, self.plan.dtype)
+        with np.errstate(over="ignore"):  # what overflows is found below and becomes a failure
+            values[fresh - rows.start] = moments
+        broken = fresh[~np.isfinite(values[fresh - rows.start]).all(axis=(1, 2, 3, 4))]
+        reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
+        if kept and kept.rows:
+            values[np.array(kept.rows, np.int64) - rows.start] = self._kept_values(shard, kept)
+        reasons |= {failure.row: failure.reason for failure in kept.failures} if kept else {}
+        labels = self.rows.labels[rows.start : rows.stop].copy()
+        labels[[row - rows.start for row in reasons]] = FAILED
+        payload = self._format.encode_shard(self.plan, shard, values, labels)
+        file = self._format.shard_file(shard)
+        publish(self.path / file, payload)
+        failed = [
+            Failure(row=row, key=printable(self.rows.keys[row]), reason=printable(reasons[row]))
+            for row in sorted(reasons)
+        ]
+        known = {**(dict(zip(kept.rows, kept.digests, strict=True)) if kept else {}), **(digests or {})}
+        record = ShardRecord(
+            shard=_shard(File.of(file, payload), self.plan, values, labels),
+            failures=tuple(failed),
+            digests=tuple("" if row in reasons else known.get(row, "") for row in rows),
+        )
+        publish_checked(self._record(shard), record.model_dump(mode="json"))
+        return failed
+
+    def write_failures(self) -> None:
+        """Publish `failures.jsonl` of what is there so far."""
+        with self._locked():
+            publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
+
+    def finish(self) -> Manifest | None:
+        """Write what is left once every job's shards are there, the manifest last; None while some are not.
+
+        DamagedShardsError when one of them is no longer what was written: all are read once more.
+        """
+        with self._locked():
+            if not self.done:
+                if not all(self._record(i).exists() for i in range(self.plan.shard_count)):
+                    return None
+                self._check_shards()
+                self._assemble()
+            self._tidy()
+        return Manifest.load(self.path)
+
+    def tidy(self) -> None:
+        """Delete what a process that was killed after the manifest was written left behind."""
+        if (self.path / _PLAN).exists() or (self.path / _RECORDS).exists():
+            with self._locked():
+                self._tidy()
+
+    def redo(self, rows: Iterable[int]) -> None:
+        """Make a finished or an unfinished cache lack `rows`; the others of their shards are kept.
+
+        A finished cache stays what it was until all is prepared and its manifest goes.
+        """
+        with self._locked():
+            self._reopen(rows)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        """Plan, rows, failures and manifest are all jobs': one at a time changes them."""
+        return claim(self.path / _LOCKS / "manifest", f"job {self.job}", wait=True)
+
+    def _reopen(self, rows: Iterable[int]) -> None:
+        again: dict[int, set[int]] = {}
+        for row in rows:
+            again.setdefault(row // self.plan.shard_rows, set()).add(row)
+        records = recorded(self.path)
+        if (self.path / MANIFEST).exists():
+            remove(self.path / _RECORDS)  # of an earlier attempt that did not get this far
+        for i, record in records.items():
+            self._reopen_shard(i, record, again.get(i, set()))
+        self._publish_plan()
+        remove(self.path / MANIFEST)
+        self._publish_rows()
+
+    def _start(self) -> None:
+        found = existing_plan(self.path)
+        if found and found.rows != self.plan.rows:
+            self._reopen([])
+        elif not self.done:
+            if not found:
+                self._publish_plan()
+            self._publish_rows()
+
+    def _check_plan(self) -> None:
+        found = check_plan(self.path, self.plan, ignored=self._may_differ)
+        if found and not self._may_differ and listing_of(found) != self.rows.file:
+            raise ValueError(
+                f"{self.path / ROWS}: its data set is this run's, but it lists other images or another order: choose"
+                " another folder (cache.path for encode) or delete this one"
+            )
+
+    def _publish_plan(self) -> None:
+        """With the hash of the rows that are about to be published, and of those that are there until then."""
+        found = existing_plan(self.path)
+        before = [file for file in found.files if file.file == ROWS and file != self.rows.file] if found else []
+        draft = Draft(**dict(self.plan), files=(self.rows.file, *before))
+        publish_checked(self.path / _PLAN, draft.model_dump(mode="json"))
+
+    def _publish_rows(self) -> None:
+        lines, file = self.rows.lines(), self.path / ROWS
+        if not file.exists() or read(file) != lines:
+            publish(file, lines)
+
+    def _reopen_shard(self, number: int, record: ShardRecord, redo: set[int]) -> None:
+        """A record for a shard that stays as it is; for one to be written anew, what of it is kept."""
+        start, rows = self.plan.rows_of(number).start, record.shard.rows
+        failed = {failure.row for failure in record.failures}
+        listed = [row for row in range(start, start + rows) if self._format.KEEPS_FAILED or row not in failed]
+        kept = [(row, place) for place, row in enumerate(listed) if row not in failed | redo]
+        if not redo and rows == len(self.plan.rows_of(number)):
+            publish_checked(self._record(number), record.model_dump(mode="json"))
+            return
+        shard = KeptShard(
+            file=File(file=record.shard.file, size=record.shard.size, sha256=record.shard.sha256),
+            rows=tuple(row for row, _ in kept),
+            places=tuple(place for _, place in kept),
+            digests=tuple(record.digests[row - start] for row, _ in kept),
+            failures=tuple(failure for failure in record.failures if failure.row not in redo),
+        )
+        remove(self._record(number, "kept"))
+        publish_checked(self._record(number, "kept.json"), shard.model_dump(mode="json"))
+        remove(self._record(number))
+
+    def _kept(self, shard: int) -> KeptShard | None:
+        file = self._record(shard, "kept.json")
+        return parse(KeptShard, read(file), file, remedy=_ANEW) if file.exists() else None
+
+    def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
+        """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
+        copy = self._record(shard, "kept")
+        if not copy.exists() or sha256_file(copy) != kept.file.sha256:
+            if problem := kept.file.problem(self.path):
+                remove(self._record(shard, "kept.json"))
+                raise DamagedShardsError(f"{self.path / kept.file.file}: {problem}: {_again(1)}")
+            publish(copy, read(self.path / kept.file.file))
+        layout = self._format.layout(self.plan)
+        blocks, rows = np.divmod(np.array(kept.places), layout.rows)
+        return layout.map([copy], self.plan)[0, blocks, rows]
+
+    def _check_shards(self) -> None:
+        problems = {}
+        for number, record in recorded(self.path).items():
+            if problem := record.shard.problem(self.path):
+                problems[number] = f"{self.path / record.shard.file}: {problem}"
+        for number in problems:
+            remove(self._record(number))
+        if problems:
+            raise DamagedShardsError(f"{next(iter(problems.values()))}: {_again(len(problems))}")
+
+    def _assemble(self) -> None:
+        """All files but the shards, the manifest last."""
+        records = recorded(self.path).values()
+        shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
+        digests = [digest for record in records for digest in record.digests]
+        if len(failures) == self.plan.rows:
+            others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS)
+            for name in (_RECORDS, *others, _PLAN):  # not the folder: it may hold what is not ours
+                remove(self.path / name)
+            raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
+        labels = self.rows.labels.copy()
+        labels[[failure.row for failure in failures]] = FAILED
+        files = {
+            **self._format.other_files(self.plan, labels),
+            ROWS: self.rows.lines(),
+            FAILURES: _lines(failures),
+            DIGESTS: "".join(digest + "\n" for digest in digests).encode(),
+        }
+        for name, payload in files.items():
+            publish(self.path / name, payload)
+        mean, std = _merge(shards)
+        Manifest(
+            **dict(self.plan),
+            committed=self.plan.rows - len(failures),
+            failed=len(failures),
+            mean=mean,
+            std=std,
+            shards=tuple(shards),
+            files=tuple(File.of(name, payload) for name, payload in files.items()),
+        ).save(self.path)
+
+    def _tidy(self) -> None:
+        for name in (_RECORDS, _PLAN):
+            remove(self.path / name)
+        for lock in (self.path / _LOCKS).iterdir():
+            holder(lock)  # deletes those of killed processes; the others go with their holders
+
+    def _record(self, shard: int, suffix: str = "json") -> Path:
+        return self.path / _RECORDS / f"{shard:06d}.{suffix}"
+
+
+def existing_plan(path: Path) -> Manifest | Draft | None:
+    """What is planned of the finished or unfinished cache at `path`; None where there is none.
+
+    ValueError when the folder holds something else.
+    """
+    # In this order: of jobs that begin or end meanwhile, the plan comes before other files and goes after the manifest.
+    files = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
+    planned = None
+    with contextlib.suppress(FileNotFoundError):
+        planned = read(path / _PLAN)
+    if (path / MANIFEST).exists():
+        return Manifest.load(path)
+    if planned is not None:
+        return parse(Draft, planned, path / _PLAN, remedy=f"delete {path} and write it anew")
+    if files:
+        raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
+    return None
+
+
+def recorded(path: Path) -> dict[int, ShardRecord]:
+    """The records of all shards that are there so far of the cache at `path`, by their numbers.
+
+    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again. So
+    must all shards of image files whose digests are.
+    """
+    if not (path / MANIFEST).exists():
+        files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
+        with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
+            return {int(file.stem): parse(ShardRecord, read(file), file, remedy=_ANEW) for file in files}
+    manifest = Manifest.load(path)
+    failures: dict[int, list[Failure]] = {}
+    listed = next(file for file in manifest.files if file.file == FAILURES)
+    if listed.problem(path) is None:
+        for line in read(path / FAILURES).decode().splitlines():
+            failure = Failure.model_validate_json(line)
+            failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
+    digests = ("",) * manifest.rows
+    if manifest.data_bytes:
+        listed = next(file for file in manifest.files if file.file == DIGESTS)
+        if listed.problem(path) is not None:
+            return {}
+        digests = tuple(read(path / DIGESTS).decode().split("\n")[:-1])
+    return {
+        i: ShardRecord(
+            shard=shard,
+            failures=tuple(failures.get(i, ())),
+            digests=digests[manifest.rows_of(i).start : manifest.rows_of(i).stop],
+        )
+        for i, shard in enumerate(manifest.shards)
+        if shard.failed == len(failures.get(i, ()))
+    }
+
+
+def recorded_digests(path: Path) -> dict[int, str]:
+    """The digest of the image file of every row that is committed so far in the cache at `path`."""
+    plan = existing_plan(path) or Manifest.load(path)
+    if isinstance(plan, Manifest):
+        verified(path, plan, DIGESTS)  # or no image would be compared
+    return {
+        row: digest
+        for number, record in recorded(path).items()
+        for row, digest in enumerate(record.digests, plan.rows_of(number).start)
+        if digest
+    }
+
+
+def recorded_failures(path: Path) -> list[Failure]:
+    """The failures of all shards that are there so far of the cache at `path`."""
+    return [failure for record in recorded(path).values() for failure in record.failures]
+
+
+def progress(path: Path) -> tuple[int, int, int]:
+    """Images committed, failed and pending of the cache at `path`; ValueError where there is none."""
+    plan = existing_plan(path) or Manifest.load(path)
+    if isinstance(plan, Manifest):
+        return plan.committed, plan.failed, 0
+    shards = [record.shard for record in recorded(path).values()]
+    failed = sum(shard.failed for shard in shards)
+    committed = sum(shard.rows for shard in shards) - failed
+    return committed, failed, plan.rows - committed - failed
+
+
+def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> Manifest | Draft | None:
+    """What is planned of the cache at `path`; ValueError names the first field, but for `ignored`, that differs."""
+    found = existing_plan(path)
+    difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
+    if difference:
+        name, ours, theirs = (_short(part) for part in difference)
+        raise ValueError(
+            f"{path}: the cache there has {name} = {theirs}, this run has {ours}:"
+            " choose another folder (cache.path for encode) or delete this one"
+        )
+    return found
+
+
+def _again(shards: int) -> str:
+    return f"{counted(shards, 'shard')} must be written again: the same command does it"
+
+
+def _lines(failures: list[Failure]) -> bytes:
+    return "".join(json.dumps(failure.model_dump()) + "\n" for failure in failures).encode()
+
+
+def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray[np.int64]) -> Shard:
+    """A shard's entry, with sums over rows, views and positions of the posterior's first and second moments."""
+    channels = plan.latent_channels
+    good = values[labels != FAILED].astype(np.float64)
+    mean = good[:, :, :channels]
+    second = mean**2
+    if plan.store == "moments":
+        second += good[:, :, channels:] ** 2
+    axes = (0, 1, 3, 4)
+    return Shard(
+        **dict(file),
+        rows=len(labels),
+        failed=int((labels == FAILED).sum()),
+        values=mean.size // channels,
+        total=tuple(mean.sum(axes).tolist()),
+        squares=tuple(second.sum(axes).tolist()),
+    )
+
+
+def _merge(shards: list[Shard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel over all shards."""
+    count = sum(shard.values for shard in shards)
+    mean = np.sum([shard.total for shard in shards], axis=0) / count
+    variance = np.sum([shard.squares for shard in shards], axis=0) / count - mean**2
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(variance, 0)).tolist())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,38 @@
+"""Text for people and for hashes: names that a terminal can show, numbers of things, the digest of lines."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable
+
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: control, format, ends of lines and paragraphs
+_JOINERS = "\u200c\u200d"  # format characters that are part of words, and of emoji
+
+
+def digest(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text."""
+    sha = hashlib.sha256()
+    for line in lines:
+        sha.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return sha.hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name or a message of somebody else for a line of a terminal or a log: as backslash escapes bytes that are not
+    UTF-8, which JSON cannot hold, and all that would end the line, move the cursor or turn the text around."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN and c not in _JOINERS else c for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: `1 image`, `1,024 images`, `2 classes`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people: `512 bytes`, `1.5 kB`, `20.0 MB`, `3.1 GB`."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} byte{'' if count == 1 else 's'}"

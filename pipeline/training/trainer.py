@@ -1,0 +1,430 @@
+"""The training loop: one clock, images seen, drives the learning rate, the averages, checkpoints and previews."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from concurrent.futures import wait
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.cache.reader import LatentCache
+from data.storage import sweep
+from data.text import printable
+from pipeline.compatibility import usable_guidance
+from pipeline.config import Config
+from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
+from pipeline.flops import Cost
+from pipeline.latents import Draws, draw_latents
+from pipeline.loss import Objective
+from pipeline.noise import NoiseProcess
+from pipeline.optim import FiniteGuard, clip_gradients, lr_at, make_optimizers, set_lr
+from pipeline.pictures import contact_sheet, save_png
+from pipeline.seeds import coordinate_seed
+from pipeline.training.checkpoint import (
+    AVERAGES,
+    CHECKPOINTS,
+    EMA,
+    Checkpoint,
+    full,
+    load_training_state,
+    prune_checkpoints,
+    save_averages,
+    save_checkpoint,
+    set_aside_newer,
+)
+from pipeline.training.distributed import Preemption, computer, describe, in_background
+from pipeline.training.metrics import Window, begin_log, log_line, log_measured, optional
+from pipeline.training.plots import draw_curves
+from pipeline.training.previews import PER_CLASS, PREVIEWED, averaged_model, draw_images, draw_strip
+from pipeline.training.resume import (
+    as_json,
+    begin_with,
+    cache_identity,
+    changes_since,
+    ema_widths,
+    settings_of,
+)
+from pipeline.training.run_folder import begin_run_folder
+from pipeline.training.setup import build_model, normalization_of, open_heldout, open_loader
+from pipeline.training.tracker import Tracker
+from pipeline.unet import LatentUNet
+from pipeline.vae import FrozenVae
+
+_GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
+
+
+def due(before: int, images_seen: int, every: int, images: int) -> bool:
+    """Whether the step from `before` to `images_seen` passed a multiple of `every`, or ended a run of `images`; not if
+    `every` is 0."""
+    return every > 0 and (before // every != images_seen // every or images_seen >= images)
+
+
+def preview_file(run: Path, images_seen: int) -> Path:
+    """The picture of samples of that time."""
+    return run / "previews" / f"{images_seen:09d}.png"
+
+
+def preview_missing(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
+    """Whether `run` was killed when its newest checkpoint was saved, and the preview of that time was not."""
+    seen, settings = checkpoint.images_seen, config.train
+    assert settings.batch_size != "auto"
+    wanted = seen <= settings.images and due(seen - settings.batch_size, seen, settings.preview_every, settings.images)
+    missing = accelerator.is_main_process and wanted and not preview_file(run, seen).exists()
+    answer = torch.tensor(float(missing), device=accelerator.device)
+    return bool(accelerator.reduce(answer, "sum"))  # all processes look, or none
+
+
+class Trainer:
+    """The state of a run and its loop. One clock, images seen, drives all that happens."""
+
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.sharded = accelerator.distributed_type == "FSDP"
+        if self.sharded and config.train.optimizer == "muon":
+            raise ValueError("train.optimizer = muon: it needs whole matrices, which FSDP deals out: use adamw")
+        assert config.train.batch_size != "auto"
+        self.batch_size: int = config.train.batch_size
+        cache = LatentCache(config.cache.path)
+        self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
+        self.manifest = cache.manifest
+        self.class_counts = cache.class_counts()
+        labelled = int(self.class_counts.sum()) / len(cache)
+        self.without_class = 1 - (1 - config.train.label_dropout) * labelled  # the share of images trained so
+        self.guidance, line = usable_guidance(
+            config.sample.guidance, without_class=self.without_class, classes=len(self.manifest.classes)
+        )
+        if line:
+            accelerator.print(f"train: previews: {line}")
+        self.noise = NoiseProcess(**config.noise.model_dump())
+        if self.main:  # which alone draws previews and measures held-out images
+            self.vae = FrozenVae(config.vae.source, self.device)
+            self.vae.check(self.manifest.vae, config.cache.path)
+            self.heldout = open_heldout(config, self.manifest, self.noise)
+            self.score = None
+            if config.train.eval_every:
+                from pipeline.training.quick_score import QuickScore  # which nobody else has to wait for
+
+                self.score = QuickScore(config, np.flatnonzero(self.class_counts), self.device)
+        self.normalization = normalization_of(config, self.manifest, checkpoint)
+        self.loader = open_loader(config, cache, accelerator, checkpoint)
+        model = build_model(config, self.manifest)
+        self.window = Window(accelerator, Cost.of(model).flops)
+        accelerator.print(
+            f"train: {model.num_parameters() / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image;"
+            f" batches of {self.batch_size} on {describe(accelerator)}"
+        )
+        if config.train.init and not checkpoint:
+            self.normalization, line = begin_with(model, config, self.manifest)
+            accelerator.print(f"train: {line}")
+        self._prepare(model)
+        self.guard = FiniteGuard(self.device, deferred=self._can_defer())
+        self.step, self.preview_missing = 0, False
+        if checkpoint:
+            self._resume(checkpoint)
+            self.preview_missing = preview_missing(run, checkpoint, config, accelerator)
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.batch_size
+
+    @property
+    def model(self) -> LatentUNet:
+        return self.objective.model
+
+    def run_to_the_end(self) -> None:
+        """The training loop."""
+        settings = self.config.train
+        if self.main:
+            for kind in (CHECKPOINTS, AVERAGES):
+                sweep(self.run / kind)
+            begin_run_folder(self.run, self.config, anew=not self.step)
+            logged = (self.step - self.window.steps) * self.batch_size
+            begin_log(self.run, self.images_seen, logged, again=self.preview_missing)
+        self.prepared.train()
+        tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
+        with Preemption(self.accelerator) as preemption, tracker:
+            if self.preview_missing:
+                with self.window.paused():
+                    score = self._due(self.images_seen - self.batch_size, settings.eval_every)
+                    self._look(tracker, preview=True, score=score)
+            self.window.restart_clock()
+            while self.images_seen < settings.images:
+                self._check_cache(wait=False)
+                before = self.images_seen
+                self._update()
+                if self._due(before, settings.log_every):
+                    self._log(tracker)
+                previewing, scoring, saving = (
+                    self._due(before, n)
+                    for n in (settings.preview_every, settings.eval_every, settings.checkpoint_every)
+                )
+                with self.window.paused() if previewing or scoring or saving else contextlib.nullcontext():
+                    if saving:
+                        self._save(scheduled=True)
+                    if previewing or scoring:
+                        self._look(tracker, preview=previewing, score=scoring)
+                if (number := preemption.agreed()) and self.images_seen < settings.images:
+                    self._leave(number, saved=saving)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
+
+    def _prepare(self, model: LatentUNet) -> None:
+        """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
+        settings = self.config.train
+        self.objective = Objective(model, self.noise, settings.weighting, settings.direction, settings.contrastive)
+        layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot deal out the latter
+        self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.optimizers = make_optimizers(
+            self.objective,
+            kind=settings.optimizer,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        if settings.compile:
+            model.compile()
+        self.prepared, *self.prepared_optimizers = self.accelerator.prepare(self.objective, *self.optimizers)
+        gammas = [gamma_of(width) for width in ema_widths(self.config)]
+        weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
+            partial(halflife_weight, halflife=settings.ema_halflife)
+        ]
+        self.averages = {name: Average(self.model, weight) for name, weight in zip(EMA, weights, strict=False)}
+
+    def _can_defer(self) -> bool:
+        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and
+        tensors dealt out by FSDP know nothing of it."""
+        return self.device.type == "cuda" and not self.sharded
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state, accelerator = checkpoint.state, self.accelerator
+        load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
+        self.step = state["step"]
+        self.window.load(state["window"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
+        for line in changes_since(checkpoint, self.config.train, self.loader.access, accelerator):
+            accelerator.print(f"train: {line}")
+
+    def _update(self) -> None:
+        """One optimizer step."""
+        settings = self.config.train
+        lr = lr_at(
+            self.images_seen,
+            schedule=settings.schedule,
+            peak=settings.lr,
+            images=settings.images,
+            warmup=settings.warmup,
+            decay=settings.decay,
+        )
+        set_lr(self.optimizers, lr)
+        parts = self._parts(self.step)
+        loss, errors = self._backward(parts)
+        norm = self._clip(settings.grad_clip)
+        if (bad := self._bad_step(loss, norm)) is not None:
+            self._stop_at(bad)
+        for optimizer in self.prepared_optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        for average in self.averages.values():
+            average.update(images_seen=self.images_seen, batch_size=self.batch_size)
+        norm = norm.nan_to_num(nan=0.0, posinf=0.0)  # of a step that fp16's scaler skipped
+        self.window.add(loss, norm, errors, torch.cat([part[2] for part in parts]))
+
+    def _backward(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a batch in `parts`; its mean loss, and the error of each image."""
+        accelerator = self.accelerator
+        self._seed_dropout(self.step)
+        losses, errors = [], []
+        for number, part in enumerate(parts, 1):
+            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared):
+                with accelerator.autocast():
+                    loss, error = self.prepared(*part)
+                accelerator.backward(loss / len(parts))
+            losses.append(loss.detach())
+            errors.append(error)
+        return torch.stack(losses).mean(), torch.cat(errors)
+
+    def _bad_step(self, loss: Tensor, norm: Tensor) -> int | None:
+        """The step, if it is known, whose gradient is not finite; of fp16, whose loss is not: the scaler skips a step
+        whose gradient overflows, and lowers its scale."""
+        if self.accelerator.scaler:
+            return self.guard.check(self.step, self.accelerator.reduce(loss.clone(), "mean"), [])
+        return self.guard.check(self.step, norm, self.optimizers)
+
+    def _clip(self, limit: float) -> Tensor:
+        """The norm of the gradient, whole if it is dealt out; the step sees it scaled down where it exceeds `limit`."""
+        if self.sharded:
+            return full(self.accelerator.clip_grad_norm_(list(self.prepared.parameters()), limit))
+        self.accelerator.unscale_gradients()
+        return clip_gradients(self.optimizers, limit, in_step=not self.accelerator.scaler)
+
+    def _parts(self, step: int) -> list[tuple[Tensor, ...]]:
+        """Latents, noise, timesteps and classes of this process at `step`, in `train.accumulate` parts."""
+        settings = self.config.train
+        with self.window.waiting():
+            batch = self.loader.batch(step)
+        draws = Draws.at(
+            self.noise,
+            seed=settings.seed,
+            step=step,
+            shape=(self.batch_size, self.manifest.latent_channels, *self.manifest.shape[1:]),
+            views=len(self.manifest.views),
+            label_dropout=settings.label_dropout,
+            device=self.device,
+        ).part(self.loader.part)
+        latents = self.normalization.normalize(draw_latents(batch.moments, draws, self.manifest.latent_channels))
+        classes = torch.where(draws.dropped | (batch.labels < 0), self.model.null_class, batch.labels)
+        columns = (latents, draws.noise, draws.times, classes)
+        return list(zip(*(column.chunk(settings.accumulate) for column in columns), strict=True))
+
+    def _seed_dropout(self, step: int) -> None:
+        if self.config.model.dropout:  # the only draw that cannot be handed a generator
+            coordinates = ("dropout", self.config.train.seed, step, self.accelerator.process_index)
+            torch.manual_seed(coordinate_seed(*coordinates))
+
+    def _stop_at(self, step: int) -> NoReturn:
+        """FloatingPointError that names the images of `step` whose loss is not finite: no weight has changed since, and
+        all randomness is a function of the step, so it can be computed again."""
+        self._seed_dropout(step)
+        with torch.no_grad(), self.accelerator.autocast():
+            errors = torch.cat([self.prepared(*part)[1] for part in self._parts(step)])
+        bad = self.loader.indices(step)[~errors.isfinite().cpu().numpy()]
+        cache = self.loader.cache
+        keys = cache.keys() if len(bad) else []
+        named = [f"{printable(keys[i])} of {cache.shard_of(i).file}" for i in bad[:3]] + ["..."] * (len(bad) > 3)
+        share = f"{len(errors)} images of process {self.accelerator.process_index}"
+        what = f"{len(bad)} of the {share} ({', '.join(named)})" if named else f"none of the {share} by itself"
+        raise FloatingPointError(
+            f"train: step {step + 1}: the gradient is NaN or infinite; the loss is so for {what}. No weight was updated"
+            f" with it and no checkpoint has it. If it is all images, lower train.lr; the same command goes on from"
+            " the last checkpoint"
+        )
+
+    def _check_finite(self) -> None:
+        """What was left to the device is asked for before anything is logged or saved."""
+        if (bad := self.guard.bad_step()) is not None:
+            self._stop_at(bad)
+        scaler = self.accelerator.scaler
+        if scaler and scaler.get_scale() < 1:
+            raise FloatingPointError(
+                f"train: up to step {self.step}: gradients overflow at every scale: use train.precision=bf16"
+            )
+
+    def _due(self, before: int, every: int) -> bool:
+        return due(before, self.images_seen, every, self.config.train.images)
+
+    def _log(self, tracker: Tracker) -> None:
+        self._check_finite()
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        values = self.window.close(step=self.step, batch_size=self.batch_size, lr=lr)
+        if self.main:
+            log_line(self.run, values, self.config.train.images)
+            tracker.log(values)
+
+    def _check_cache(self, *, wait: bool) -> None:
+        """ValueError when the hash of a file of the cache has been found to differ; with `wait`, of any file."""
+        if self.verification and (wait or self.verification.done()):
+            self.verification.result()
+            self.verification = None
+
+    def _save(self, *, scheduled: bool) -> None:
+        """A checkpoint; one that is `scheduled` leaves the power-function averages in the run for good."""
+        self._check_finite()
+        self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
+        self.accelerator.wait_for_everyone()  # which other machines say of their files
+        settings = self.config.train
+        state = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "train": settings_of(settings, self.loader.access),
+            "classes": self.manifest.classes,
+            "class_counts": self.class_counts.tolist(),
+            "without_class": self.without_class,
+            "noise": asdict(self.noise),
+            "normalization": as_json(self.normalization),
+            "image_size": self.manifest.image_size,
+            "vae": self.manifest.vae.model_dump(mode="json"),
+            "cache": cache_identity(self.manifest),
+            "widths": ema_widths(self.config),
+            "computer": computer(self.accelerator),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        if self.main:
+            for path in set_aside_newer(self.run, self.images_seen):
+                print(f"train: set aside as {path}: damaged, or later than where this run went on", flush=True)
+        if state["widths"] and scheduled:
+            save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
+        save_checkpoint(
+            self.run,
+            objective=self.objective,
+            averages=self.averages,
+            optimizers=self.optimizers,
+            state={**state, "window": self.window.state()},
+            writing=self.main,
+        )
+        if self.main:
+            prune_checkpoints(
+                self.run,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+                interval=settings.checkpoint_every,
+                batch_size=self.batch_size,
+            )
+
+    def _leave(self, number: int, *, saved: bool) -> NoReturn:
+        """Save, unless that was just done or there is no time to, and exit with the signal's own status."""
+        name = signal.Signals(number).name
+        late = self.verification is not None and not wait([self.verification], _GRACE).done
+        if self.accelerator.reduce(torch.tensor(float(late), device=self.device), "sum"):  # so that all do the same
+            self.accelerator.print(f"train: {name}: the cache is not verified yet, so nothing new is saved")
+        else:
+            if not saved:
+                self._save(scheduled=False)
+            self.accelerator.wait_for_everyone()  # torchrun kills all when one has gone, and one is still writing
+            self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
+        raise SystemExit(128 + number)
+
+    def _look(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
+        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves."""
+        self._check_finite()
+        model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
+        if not model:
+            return
+        draw = partial(
+            draw_images,
+            model,
+            noise=self.noise,
+            normalization=self.normalization,
+            vae=self.vae,
+            settings=self.config.sample.model_copy(update={"guidance": self.guidance}),
+        )
+        measured: dict[str, Any] = {}
+        with optional("held-out loss and score"):
+            if preview and self.heldout:
+                measured |= self.heldout.measure(model, self.normalization)
+            if score and self.score:
+                measured |= self.score.measure(draw(self.score.labels, decoded=PREVIEWED))
+        if measured:
+            values = {"step": self.step, "images_seen": self.images_seen, **measured}
+            log_measured(self.run, values, self.config.train.images)
+            tracker.log(values)
+        if preview:
+            with optional("preview"):
+                shown = np.flatnonzero(self.class_counts)[:PREVIEWED]  # of others nothing is learnt
+                labels = np.tile(shown, PER_CLASS)
+                sheet = contact_sheet(draw(labels, decoded=len(shown)), labels.tolist(), self.manifest.classes)
+                save_png(sheet, preview_file(self.run, self.images_seen))
+                draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))
+        with optional("curves.png"):
+            draw_curves(self.run)
