@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.make_all import steps
 from data.storage import publish_json
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.evaluation.figures import Selected
 from pipeline.evaluation.kernel import kernel_difference, mean_similarity
 from pipeline.evaluation.measure import Row

@@ -28,7 +28,8 @@ from PIL import Image
 
 from data.cache.writer import Job
 from data.sources.files import ImageFiles
-from pipeline.config import Cache, Config, load_config
+from pipeline.config import Cache, Config
+from pipeline.config_file import load_config
 from pipeline.vae import FrozenVae, to_pixels
 from stages.encode import encode
 

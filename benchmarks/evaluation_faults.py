@@ -22,7 +22,8 @@ from PIL import Image, ImageFilter
 from data.sources.base import Batch, Source
 from data.storage import publish_json
 from data.text import digest
-from pipeline.config import features_path, load_config
+from pipeline.config import features_path
+from pipeline.config_file import load_config
 from pipeline.datasets import cached_sources
 from pipeline.device import pick_device, process_count
 from pipeline.evaluation.features import compute_features

@@ -38,16 +38,19 @@ from PIL import Image
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Plan, VaeIdentity
 from data.cache.reader import LatentCache
-from data.cache.writer import CacheWriter, existing_plan, recorded
+from data.cache.records import existing_plan, recorded
+from data.cache.writer import CacheWriter
 from data.sources.base import Batch
 from data.sources.decode import DECODER_ERRORS, decode_image
 from data.sources.files import ImageFiles
 from data.storage import checked, publish_checked
 from pipeline.ema import Average
+from pipeline.latents import Normalization
 from pipeline.loss import Objective
 from pipeline.noise import NoiseProcess
 from pipeline.optim import make_optimizers
 from pipeline.training.checkpoint import EMA, checkpoint_folders, open_checkpoint, save_checkpoint
+from pipeline.training.state import CacheIdentity, RunState
 from pipeline.unet import LatentUNet
 
 MEMORY, SECONDS = 2**30, 10.0  # that one input may take, beside what the process has
@@ -320,9 +323,34 @@ def _checkpoint(folder: Path) -> Path:
     for optimizer in optimizers:
         optimizer.step()
     average = {EMA[0]: Average(model, lambda images_seen, batch_size: 0.5)}
-    state = {"step": 1, "images_seen": 2}
+    state = run_state(images_seen=2)
     save_checkpoint(folder / "run", objective=objective, averages=average, optimizers=optimizers, state=state)
     return checkpoint_folders(folder / "run")[0]
+
+
+def run_state(images_seen: int) -> RunState:
+    """The state of a run that exists nowhere."""
+    digest = "0" * 64
+    vae = VaeIdentity(
+        source="none", class_name="None", weights_sha256=digest, scaling_factor=1, shift_factor=0, downsampling=1
+    )
+    cache = {"dtype": "float16", "views": ("identity",), "preprocessing": "none", "data_fingerprint": digest}
+    return RunState(
+        step=images_seen,
+        images_seen=images_seen,
+        train={"seed": 0},
+        classes=("cat", "dog"),
+        class_counts=(1, 1),
+        without_class=0.1,
+        noise=NoiseProcess(schedule="flow", prediction="flow"),
+        normalization=Normalization((0.0, 0.0), (1.0, 1.0)),
+        image_size=4,
+        vae=vae,
+        cache=CacheIdentity(rows=2, committed=2, store="mean", sha256=digest, **cache),
+        widths=(),
+        computer={},
+        scaler=None,
+    )
 
 
 def _picture(form: str, number: int) -> bytes:

@@ -28,7 +28,8 @@ from benchmarks.ablation import Trained, measure_rates, trained
 from benchmarks.pixels import SOURCE, without_vae
 from data.cache.manifest import Manifest
 from data.storage import publish
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.flops import Cost
 from pipeline.pictures import contact_sheet, save_png
 from pipeline.training.setup import build_model

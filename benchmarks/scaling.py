@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.flops import Cost, fitting_rows, peak_flops
 from pipeline.unet import LatentUNet
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.cache.reader import LatentCache
 from data.sources.solids import CLASSES, Solids
 from data.storage import publish_json
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.vae import FrozenVae, to_images, to_pixels
 from stages.cli import LocalPath
 from stages.sample import require_checkpoint, sample
@@ -89,7 +89,7 @@ def main(file: Path, overrides: tuple[str, ...], run: Path | None) -> None:
     config = load_config(file, [*overrides, f"sample.per_class={PER_CLASS}"])
     run = run or Path("runs") / config.name
     checkpoint = require_checkpoint(run)
-    if checkpoint.state["classes"] != list(CLASSES):
+    if checkpoint.state.classes != tuple(CLASSES):
         raise click.ClickException(f"{run} was not trained on solids")
     vae = FrozenVae(config.vae.source)
     folder = sample(config, run)

@@ -37,7 +37,8 @@ from data.cache.reader import LatentCache
 from data.sources.generated import write_npz
 from data.storage import publish, publish_json
 from data.text import digest
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.noise import NoiseProcess
 from pipeline.sampling import draw, image_generators, make_scheduler
 from pipeline.training.distributed import connect

@@ -43,7 +43,8 @@ from data.cache.manifest import Manifest
 from data.cache.reader import LatentCache
 from data.loader import LatentBatch, LatentLoader
 from data.sources.files import open_source
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.device import pick_device
 from pipeline.optim import make_optimizers
 from pipeline.training.distributed import connect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 
@@ -36,3 +37,12 @@ def human_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} byte{'' if count == 1 else 's'}"
+
+
+def brief(value: object) -> str:
+    """A value for a line of an error: a list may have a thousand entries, and a few aliases in YAML gigabytes."""
+    return _BRIEF.repr(value)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 100, 80

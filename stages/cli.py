@@ -57,7 +57,8 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(config: Path, overrides: tuple[str, ...], run: Path | None, **kwargs: Any) -> None:
-        from pipeline.config import check_outputs, load_config
+        from pipeline.config import check_outputs
+        from pipeline.config_file import load_config
 
         checked = load_config(config, overrides)
         run = run or Path("runs") / checked.name

@@ -73,11 +73,11 @@ def _reconstruct(target: Path, snapshots: list[Checkpoint], width: float, gamma:
     sources = [
         (snapshot, name, gamma_of(tracked))
         for snapshot in snapshots
-        for name, tracked in zip(EMA, snapshot.state["widths"], strict=True)
+        for name, tracked in zip(EMA, snapshot.state.widths, strict=True)
     ]
     last = snapshots[-1]
     weights = reconstruction([(s.images_seen, g) for s, _, g in sources], last.images_seen, gamma).tolist()
     loaded = [snapshot.ema_weights(name) for snapshot, name, _ in sources]  # memory-mapped
     tensors = {key: weighted_sum([each[key] for each in loaded], weights) for key in loaded[0]}
-    state = {**{k: v for k, v in last.state.items() if k != "sha256"}, "widths": [width]}
+    state = last.state.model_copy(update={"widths": (width,)})
     save_reconstruction(checkpoint_path(target, last.images_seen), last, tensors, state)

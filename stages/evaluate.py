@@ -21,14 +21,14 @@ from data.cache.reader import LatentCache
 from data.locks import claim
 from data.sources.generated import open_generated, write_npz
 from data.storage import checked, publish_checked, read, remove
-from pipeline.config import Config, check_config, features_path, heldout_path
+from pipeline.config import Config, features_path, heldout_path
+from pipeline.config_file import check_config
 from pipeline.datasets import DecodedLatents, cached_sources
 from pipeline.device import pick_device, process_count
 from pipeline.evaluation.features import Images, compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
 from pipeline.evaluation.receipt import print_table, save_page
-from pipeline.noise import NoiseProcess
 from pipeline.sampling import make_scheduler
 from pipeline.training.checkpoint import EMA, Checkpoint, checkpoint_path, open_checkpoint
 from pipeline.training.run_folder import EVAL, check_run_folder
@@ -195,10 +195,10 @@ class Evaluation:
         """The newest of the run, or that of a receipt. ValueError where its classes are not those of the images."""
         path = checkpoint_path(self.run, self.weights["images_seen"]) if self.weights else None
         checkpoint = open_checkpoint(path) if path and path.exists() else require_checkpoint(self.run)
-        classes, cache = list(self.sources[0].classes), self.config.cache.path
-        if checkpoint.state["classes"] != classes:
+        classes, cache = tuple(self.sources[0].classes), self.config.cache.path
+        if checkpoint.state.classes != classes:
             raise ValueError(f"{checkpoint.path}: its classes are not those of {cache}: give the config of this run")
-        if (cache / MANIFEST).exists() and checkpoint.state["cache"]["sha256"] != Manifest.load(cache).sha256():
+        if (cache / MANIFEST).exists() and checkpoint.state.cache.sha256 != Manifest.load(cache).sha256():
             self._notes.append(
                 f"the run was trained on another cache than {cache} is now: what is held out may have been trained on"
             )
@@ -293,7 +293,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
     """The noise levels of flow matching, 1 to 0, or the timesteps at which the model is asked."""
     settings = config.sample
-    scheduler = make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"]), settings.steps)
+    scheduler = make_scheduler(settings.scheduler, checkpoint.state.noise, settings.steps)
     values = scheduler.sigmas if settings.scheduler == "euler" else scheduler.timesteps
     return [round(float(value), 6) for value in values]
 
@@ -301,13 +301,13 @@ def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
     """Which average of which weights samples are drawn from."""
     state = checkpoint.state
-    halflife = f"exponential average with a half-life of {state['train']['ema_halflife']:,} images"
-    widths = state["widths"]
+    halflife = f"exponential average with a half-life of {state.train['ema_halflife']:,} images"
+    widths = state.widths
     return {
         "checkpoint": checkpoint.path.name,
         "images_seen": checkpoint.images_seen,
         "average": f"power-function average of width {widths[0]:g}" if widths else halflife,
-        "sha256": state["sha256"][f"{EMA[0]}/diffusion_pytorch_model.safetensors"],
-        "train_seed": state["train"]["seed"],
-        "cache": state["cache"]["sha256"],
+        "sha256": state.sha256[f"{EMA[0]}/diffusion_pytorch_model.safetensors"],
+        "train_seed": state.train["seed"],
+        "cache": state.cache.sha256,
     }

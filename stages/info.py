@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data.cache.manifest import Manifest
 from data.cache.reader import FAILURES, LatentCache
-from data.cache.writer import progress
+from data.cache.records import progress
 from data.sources.base import NoImagesError, Source
 from data.storage import publish
 from data.text import counted, human_bytes

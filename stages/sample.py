@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data.cache.listing import Rows
-from data.cache.manifest import Plan, VaeIdentity
+from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, SHARD_ROWS, least_shard_rows
 from data.cache.writer import CacheWriter
 from data.sources.generated import SAMPLES
@@ -25,7 +26,6 @@ from data.text import digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config, Sample
 from pipeline.device import pick_device, sampling_dtype
-from pipeline.noise import NoiseProcess
 from pipeline.sampling import draw, guided, image_generators, make_scheduler
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 
@@ -39,7 +39,7 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
     config, chosen = settle(config, checkpoint)
     labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
     folder = to or sample_folder(config, run, checkpoint)
-    names = checkpoint.state["classes"]
+    names = checkpoint.state.classes
     keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
     rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
     writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows)
@@ -67,14 +67,12 @@ def settle(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[int]]:
     """`config` with the guidance and the names of the classes that are drawn, and their indices. What is not as it was
     asked for is said in a line, or refused with a ValueError."""
     state, asked = checkpoint.state, config.sample
-    chosen = choose_classes(asked.classes, state["classes"], state["class_counts"])
-    guidance, line = usable_guidance(
-        asked.guidance, without_class=state["without_class"], classes=len(state["classes"])
-    )
+    chosen = choose_classes(asked.classes, state.classes, state.class_counts)
+    guidance, line = usable_guidance(asked.guidance, without_class=state.without_class, classes=len(state.classes))
     if line:
         print(line)
-    every = chosen == list(range(len(state["classes"])))
-    names = () if every else tuple(state["classes"][kind] for kind in chosen)
+    every = chosen == list(range(len(state.classes)))
+    names = () if every else tuple(state.classes[kind] for kind in chosen)
     settled = asked.model_copy(update={"guidance": guidance, "classes": names})
     return config.model_copy(update={"sample": settled}), chosen
 
@@ -89,7 +87,7 @@ def require_checkpoint(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def choose_classes(wanted: tuple[str, ...], names: list[str], counts: list[int]) -> list[int]:
+def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequence[int]) -> list[int]:
     """Indices of the classes `wanted`, each given as its name, its index or `index:2`; none means all with images.
 
     A name wins over an index, which is said. `counts` are the images of each class that the model was trained on.
@@ -108,7 +106,7 @@ def choose_classes(wanted: tuple[str, ...], names: list[str], counts: list[int])
     return chosen
 
 
-def _find_class(wanted: str, names: list[str]) -> int:
+def _find_class(wanted: str, names: Sequence[str]) -> int:
     indices = {form: kind for kind in range(len(names)) for form in (str(kind), f"index:{kind}")}
     same = [kind for kind, name in enumerate(names) if name == wanted] or [
         kind for kind, name in enumerate(names) if normalize("NFC", name) == normalize("NFC", wanted)
@@ -171,7 +169,7 @@ def _draw_batch(
             settings.guidance,
             sampling_dtype(settings.precision, device),
         ),
-        make_scheduler(settings.scheduler, NoiseProcess(**checkpoint.state["noise"]), settings.steps),
+        make_scheduler(settings.scheduler, checkpoint.state.noise, settings.steps),
         shape=(model.config["in_channels"], size, size),
         generators=image_generators(settings.seed, list(batch)),
         device=device,
@@ -186,7 +184,7 @@ def _batches(rows: range, size: int) -> Iterator[range]:
 
 def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
     stored = checkpoint.model_config()
-    weights = checkpoint.state["sha256"]["ema/diffusion_pytorch_model.safetensors"]
+    weights = checkpoint.state.sha256["ema/diffusion_pytorch_model.safetensors"]
     return Plan(
         store="mean",
         dtype=config.cache.dtype,
@@ -195,25 +193,25 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         rows=count,
         shard_rows=max(SHARD_ROWS, least_shard_rows(count)),
         batch_size=config.sample.batch_size,
-        classes=tuple(checkpoint.state["classes"]),
+        classes=checkpoint.state.classes,
         data_source=f"samples of {run.resolve().name}",
         data_bytes=0,
         data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
-        image_size=checkpoint.state["image_size"],
+        image_size=checkpoint.state.image_size,
         preprocessing="none: drawn from a model",
-        vae=VaeIdentity(**checkpoint.state["vae"]),
+        vae=checkpoint.state.vae,
     )
 
 
 def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any, Any]) -> dict[str, Any]:
     """All that is needed to draw the same samples again."""
-    names = checkpoint.state["classes"]
+    names = checkpoint.state.classes
     return {
         "checkpoint": str(checkpoint.path),
-        "ema_sha256": checkpoint.state["sha256"]["ema/diffusion_pytorch_model.safetensors"],
+        "ema_sha256": checkpoint.state.sha256["ema/diffusion_pytorch_model.safetensors"],
         "images_seen": checkpoint.images_seen,
-        "vae": checkpoint.state["vae"],
-        "noise": checkpoint.state["noise"],
+        "vae": checkpoint.state.vae.model_dump(mode="json"),
+        "noise": asdict(checkpoint.state.noise),
         "sample": config.sample.model_dump(mode="json"),
         "dtype": str(sampling_dtype(config.sample.precision, pick_device()) or torch.float32).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},

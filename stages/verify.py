@@ -53,8 +53,9 @@ def _verify_one(config: Config, path: Path, *, repair: bool) -> None:
 def _repair(config: Config, path: Path, manifest: Manifest, wrong: list[str]) -> None:
     from pipeline.datasets import source_of
     from pipeline.device import pick_device
+    from pipeline.planning import plan_rows
     from pipeline.vae import FrozenVae
-    from stages.encode import encode_pending, plan_rows
+    from stages.encode import encode_pending
 
     source = source_of(config, path)
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})

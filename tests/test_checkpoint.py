@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 import data.storage
+from benchmarks.fuzz import run_state
 from pipeline.ema import Average
 from pipeline.loss import Objective
 from pipeline.optim import make_optimizers
@@ -84,13 +85,13 @@ def trained(steps: int = 2, kind: str = "muon", deal: Callable[[Objective], obje
 
 
 def save(run: Path, images_seen: int) -> Path:
-    save_checkpoint(run, **trained()._asdict(), state={"images_seen": images_seen})
+    save_checkpoint(run, **trained()._asdict(), state=run_state(images_seen))
     return checkpoint_path(run, images_seen)
 
 
 def test_a_checkpoint_brings_back_weights_averages_and_optimizers(tmp_path: Path) -> None:
     before, after = trained(), parts(build(seed=1))
-    save_checkpoint(tmp_path, **before._asdict(), state={"images_seen": 6})
+    save_checkpoint(tmp_path, **before._asdict(), state=run_state(6))
     checkpoint, passed_over = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert (checkpoint.images_seen, passed_over) == (6, [])
@@ -126,12 +127,12 @@ def test_files_are_byte_for_byte_those_of_the_library(tmp_path: Path) -> None:
 def test_loaded_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
     """Else the fused step on a CPU would take the moments of other weights."""
     after = parts(build(seed=1), kind="adamw")
-    save_checkpoint(tmp_path, **parts(scrambled(), kind="adamw")._asdict(), state={"images_seen": 3})
+    save_checkpoint(tmp_path, **parts(scrambled(), kind="adamw")._asdict(), state=run_state(3))
     before = parts(scrambled(), kind="adamw")
     drawn = draws()
     before.objective(normals(8, 4, 4, 4), drawn.noise, drawn.times, torch.arange(8) % 3)[0].backward()
     before.optimizers[0].step()
-    save_checkpoint(tmp_path, **before._asdict(), state={"images_seen": 6})
+    save_checkpoint(tmp_path, **before._asdict(), state=run_state(6))
     checkpoint, _ = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     load_training_state(checkpoint, *after)
@@ -274,7 +275,7 @@ def test_what_stands_in_the_way_of_a_checkpoint_is_set_aside_and_never_deleted(t
     for images_seen in (6, 9, 12, 15):
         save(tmp_path, images_seen)
         made = trained()
-        save_averages(tmp_path, model=made.objective.model, averages=made.averages, state={"images_seen": images_seen})
+        save_averages(tmp_path, model=made.objective.model, averages=made.averages, state=run_state(images_seen))
     for images_seen in (9, 12, 15):
         lose_the_state(checkpoint_path(tmp_path, images_seen))
     before = tree(tmp_path)
@@ -354,7 +355,7 @@ def test_tensors_that_are_missing_or_of_another_shape_are_refused(
 )
 def test_a_file_whose_hash_is_not_known_is_not_loaded(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(save(tmp_path, 6))
-    del checkpoint.state["sha256"][name]
+    del checkpoint.state.sha256[name]
     with pytest.raises(ValueError, match=re.escape(f"{checkpoint.path / name}: state.json lists no such file")):
         load_training_state(checkpoint, *parts(build(seed=1)))
 
@@ -388,7 +389,7 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pyt
 
 
 def save_over(run: Path, made: Parts) -> None:
-    save_checkpoint(run, **made._asdict(), state={"images_seen": 12})
+    save_checkpoint(run, **made._asdict(), state=run_state(12))
     prune_checkpoints(run, keep=1, keep_every=0, interval=6, batch_size=3)
 
 
@@ -440,10 +441,10 @@ def dealt_out(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     made, again = (trained(deal=lambda objective: fully_shard(objective, mesh=mesh), steps=n) for n in (2, 0))
-    save_checkpoint(folder, **made._asdict(), state={"images_seen": 6}, writing=rank == 0)
+    save_checkpoint(folder, **made._asdict(), state=run_state(6), writing=rank == 0)
     dist.barrier()
     load_training_state(open_checkpoint(folder / "checkpoints" / "000000006"), *again)
-    save_checkpoint(folder / "again", **again._asdict(), state={"images_seen": 6}, writing=rank == 0)
+    save_checkpoint(folder / "again", **again._asdict(), state=run_state(6), writing=rank == 0)
     dist.destroy_process_group()
 
 
@@ -458,7 +459,7 @@ def test_sharded_weights_are_saved_whole_and_loaded_in_shares(tmp_path: Path) ->
         process.join(120)
         assert process.exitcode == 0
     assert tree(tmp_path / "again" / "checkpoints") == tree(tmp_path / "checkpoints")
-    save_checkpoint(tmp_path / "one", **trained(kind="adamw")._asdict(), state={"images_seen": 6})
+    save_checkpoint(tmp_path / "one", **trained(kind="adamw")._asdict(), state=run_state(6))
     for file in ("model.safetensors", "optimizer.safetensors", "ema/diffusion_pytorch_model.safetensors"):
         one, two = (load_file(run / "checkpoints" / "000000006" / file) for run in (tmp_path / "one", tmp_path))
         assert one.keys() == two.keys()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import _TEXTS, Config, Sample, dump_config, load_config
+from pipeline.config import Config, Sample
+from pipeline.config_file import _TEXTS, dump_config, load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import stages.encode
+import pipeline.planning
 from data.cache.reader import DIGESTS
 from data.sources.base import content_digest
 from tests.small_world import make_vae as make_tiny_vae
@@ -22,7 +22,7 @@ COMPARED = "of the size, but not of the time of before: comparing contents"
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 16)
+    monkeypatch.setattr(pipeline.planning, "SHARD_ROWS", 16)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ import data.storage
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Plan
 from data.cache.reader import FORMATS, LatentCache
-from data.cache.writer import CacheWriter, existing_plan, progress, recorded, recorded_failures
+from data.cache.records import existing_plan, progress, recorded, recorded_failures
+from data.cache.writer import CacheWriter
 from tests.test_writer import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child uses no other thread

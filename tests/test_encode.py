@@ -23,10 +23,11 @@ from PIL import Image
 
 import pipeline.datasets
 import pipeline.device
+import pipeline.planning
 import stages.encode
 from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import FAILURES, LatentCache
-from data.cache.writer import progress
+from data.cache.records import progress
 from data.sources.base import Batch
 from pipeline.vae import FrozenVae
 from stages.cli import main
@@ -38,7 +39,7 @@ COUNT = 40  # images in shards of 16, 16 and 8
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 16)
+    monkeypatch.setattr(pipeline.planning, "SHARD_ROWS", 16)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_processes_that_have_no_memory_for_a_batch_each_read_ahead(
     monkeypatch.setattr(FrozenVae, "encoding_bytes", lambda vae, batch_size, image_size: 2**60)
     encode(config, "cache.workers=2", to="large")
     monkeypatch.undo()
-    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 16)
+    monkeypatch.setattr(pipeline.planning, "SHARD_ROWS", 16)
     encode(config)
     assert tree(config.parent / "large") == tree(config.parent / "cache")
 
@@ -160,7 +161,8 @@ def test_a_killed_encode_goes_on_to_the_same_bytes(config: Path) -> None:
     """A real process, killed when it has published its first shard; and no second one is let in beside it."""
     encode(config, to="whole")
     code = (
-        "import sys, time, stages.encode as encode; from stages.cli import main; encode.SHARD_ROWS = 16;"
+        "import sys, time, pipeline.planning as planning, stages.encode as encode; "
+        "from stages.cli import main; planning.SHARD_ROWS = 16;"
         "write = encode.CacheWriter.write;"
         "encode.CacheWriter.write = lambda *a: (write(*a), print('written', flush=True), time.sleep(60));"
         "main(['encode', '--config', sys.argv[1]])"
@@ -194,7 +196,7 @@ def test_a_killed_reader_is_an_error_in_seconds(config: Path, monkeypatch: pytes
     assert "cache.workers" in result.stderr
     assert time.monotonic() - started < 20
     monkeypatch.undo()
-    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 16)
+    monkeypatch.setattr(pipeline.planning, "SHARD_ROWS", 16)
     encode(config)
 
 
@@ -246,7 +248,7 @@ def test_a_precision_is_recorded_and_that_of_a_cache_stays(config: Path) -> None
 
 
 def test_a_precision_that_changes_latents_too_much_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.encode.ROUNDING", 1e-4)
+    monkeypatch.setattr("pipeline.planning.ROUNDING", 1e-4)
     refuse(run_stage("encode", config, config.parent, "cache.precision=bf16"), "cache.precision = bf16: it changes the")
 
 
@@ -346,7 +348,7 @@ def test_names_can_neither_end_a_line_nor_command_the_terminal(config: Path) -> 
 def test_a_cache_that_grows_keeps_its_rows_a_shard(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(config)
     add_image(config.parent / "images" / "cat" / "new.png", seed=100)
-    monkeypatch.setattr(stages.encode, "SHARD_ROWS", 64)  # what a larger data set would have
+    monkeypatch.setattr(pipeline.planning, "SHARD_ROWS", 64)  # what a larger data set would have
     encode(config, more=["--extend"])
     assert [shard.rows for shard in LatentCache(config.parent / "cache").manifest.shards] == [16, 16, 9]
 

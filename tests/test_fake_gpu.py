@@ -27,7 +27,8 @@ import pipeline.training.trainer
 import pipeline.vae
 from data.cache.reader import LatentCache
 from data.loader import LatentLoader
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.latents import _columns
 from pipeline.noise import NoiseProcess, _alphas_cumprod
 from pipeline.sampling import draw, guided, image_generators, make_scheduler

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import pipeline.training.heldout_loss
 from data.cache.manifest import Manifest
-from pipeline.config import Config, heldout_path, load_config
+from pipeline.config import Config, heldout_path
+from pipeline.config_file import load_config
 from pipeline.latents import Normalization
 from pipeline.noise import LEVELS, NoiseProcess, noise_level
 from pipeline.training.checkpoint import newest_checkpoint

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.sources.base import NO_CLASS
-from pipeline.config import Cache, Config, Data, check_outputs, dump_config
+from pipeline.config import Cache, Config, Data, check_outputs
+from pipeline.config_file import dump_config
 from tests.pictures import PICTURES, REDS, opened, picture, reds, write_folder, write_tar, write_zip
 from tests.small_world import run_stage, tree
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import data.storage
+from benchmarks.fuzz import run_state
 from data.cache.reader import LatentCache
 from pipeline.training.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint, set_aside_newer
 from tests.test_checkpoint import trained
@@ -200,7 +201,7 @@ def test_once_a_checkpoint_was_saved_there_is_always_one_that_is_whole(
 
     def saved(run: Path, images_seen: int) -> None:
         set_aside_newer(run, images_seen)
-        save_checkpoint(run, **made._asdict(), state={"images_seen": images_seen})
+        save_checkpoint(run, **made._asdict(), state=run_state(images_seen))
         prune_checkpoints(run, keep=1, keep_every=0, interval=100, batch_size=1)
 
     def work(machine: Machine) -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from data.cache.manifest import MANIFEST, Manifest
-from pipeline.config import Train, load_config
+from pipeline.config import Train
+from pipeline.config_file import load_config
+from pipeline.latents import Normalization
 from pipeline.optim import lr_course
 from pipeline.training.checkpoint import newest_checkpoint
 from tests.small_world import BROKEN, World, make_images, run_stage, state_of, succeed, tree
@@ -220,7 +222,7 @@ def test_latents_are_normalised_by_the_mean_and_std_of_the_vae_as_diffusers_does
     succeed("train", world.config, tmp_path / "run", *overrides)
     checkpoint, _ = newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
-    assert checkpoint.state["normalization"] == {"mean": [0.5, -1.0, 0.0, 2.0], "std": [2.0, 4.0, 6.0, 0.5]}
+    assert checkpoint.normalization == Normalization((0.5, -1.0, 0.0, 2.0), (2.0, 4.0, 6.0, 0.5))
     latents = torch.tensor([2.5, 3.0, -6.0, 2.5])[None, :, None, None]
     expected = torch.tensor([1.0, 1.0, -1.0, 1.0])[None, :, None, None]
     assert torch.equal(checkpoint.normalization.normalize(latents), expected)

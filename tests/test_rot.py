@@ -17,13 +17,15 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import pipeline.planning
 import stages.decode
 import stages.encode
 import stages.info
 import stages.sample
 from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import ROWS, LatentCache
-from data.cache.writer import CacheWriter, progress, recorded
+from data.cache.records import progress, recorded
+from data.cache.writer import CacheWriter
 from stages.cli import main
 from tests.small_world import IMAGE_SIZE, World, make_vae, run_stage, succeed, tree
 from tests.test_encode import add_image, refuse
@@ -40,7 +42,7 @@ def _quick(world: World) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr(stages.encode, "SHARD_ROWS", 16)
+        patch.setattr(pipeline.planning, "SHARD_ROWS", 16)
         patch.setattr(stages.sample, "SHARD_ROWS", 16)
         vae = functools.cache(stages.encode.FrozenVae)
         for module in (stages.encode, stages.info, stages.decode):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.run_folder import MARKER
 from pipeline.training.tracker import wandb_id

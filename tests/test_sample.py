@@ -13,7 +13,7 @@ from PIL import Image
 from data.cache.manifest import Manifest
 from data.cache.reader import LatentCache
 from pipeline.compatibility import usable_guidance
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.training.setup import build_model
 from stages.sample import choose_classes
 from tests.small_world import (

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_samples_json_says_all_that_is_needed_to_draw_again(world: World) -> Non
     assert said["images"] == [{"index": i, "label": i % 2, "class": CLASSES[i % 2]} for i in range(6)]
     assert said["images_seen"] == 48
     assert said["ema_sha256"] == sha256_file(checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors")
-    assert said["noise"] == checkpoint.state["noise"]
+    assert said["noise"] == asdict(checkpoint.state.noise)
     assert said["vae"]["weights_sha256"] == LatentCache(world.cache).manifest.vae.weights_sha256
     assert said["sample"].items() >= {"steps": 2, "per_class": 3, "seed": 0, "scheduler": "euler"}.items()
     assert said["versions"]["torch"] == torch.__version__
@@ -332,7 +333,7 @@ def test_help_lists_every_stage() -> None:
 def test_wandb_without_a_key_is_offline_and_asks_nothing(world: World, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.training.tracker import Tracker
 config = load_config(Path({str(world.config)!r}))
 with Tracker("wandb", Path({str(tmp_path)!r}), config, images_seen=0, active=True) as tracker:

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from data.cache.reader import LatentCache
 from data.loader import LatentLoader
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.distributed import in_background
 from pipeline.training.trainer import Trainer

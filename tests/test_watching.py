@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import pipeline.training.trainer
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.noise import LEVELS
 from pipeline.training.metrics import Window
 from pipeline.training.plots import draw_curves

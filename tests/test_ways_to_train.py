@@ -12,7 +12,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.distributed import _check_fsdp, connect
 from pipeline.training.trainer import Trainer

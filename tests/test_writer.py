@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Draft, Manifest, Plan
 from data.cache.reader import FAILURES, FORMATS, LatentCache
-from data.cache.writer import CacheWriter, DamagedShardsError, Job, progress, recorded, recorded_failures
+from data.cache.records import progress, recorded, recorded_failures
+from data.cache.writer import CacheWriter, DamagedShardsError, Job
 from data.storage import probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child uses no other thread

@@ -6,9 +6,8 @@ its record once it is published. To change a finished cache is to reopen it: its
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -28,20 +27,16 @@ from data.cache.manifest import (
     Plan,
     Shard,
     ShardRecord,
-    first_difference,
     parse,
 )
-from data.cache.reader import DIGESTS, FAILURES, FORMATS, ROWS, verified
+from data.cache.reader import DIGESTS, FAILURES, FORMATS, ROWS
+from data.cache.records import ANEW, PLAN, RECORDS, check_plan, existing_plan, recorded, recorded_failures
 from data.locks import claim, holder
 from data.storage import publish, publish_checked, read, remove, sha256_file
 from data.text import counted, printable
 
-_PLAN = "plan.json"
-_RECORDS = "records"
 _LOCKS = ".locks"
-_PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
 _DATA_SET = {"rows", "classes", "data_fingerprint", "data_bytes"}
-_ANEW = "delete it, and the same command writes its shard anew"
 
 
 class DamagedShardsError(ValueError):
@@ -169,7 +164,7 @@ class CacheWriter:
 
     def tidy(self) -> None:
         """Delete what a process that was killed after the manifest was written left behind."""
-        if (self.path / _PLAN).exists() or (self.path / _RECORDS).exists():
+        if (self.path / PLAN).exists() or (self.path / RECORDS).exists():
             with self._locked():
                 self._tidy()
 
@@ -191,7 +186,7 @@ class CacheWriter:
             again.setdefault(row // self.plan.shard_rows, set()).add(row)
         records = recorded(self.path)
         if (self.path / MANIFEST).exists():
-            remove(self.path / _RECORDS)  # of an earlier attempt that did not get this far
+            remove(self.path / RECORDS)  # of an earlier attempt that did not get this far
         for i, record in records.items():
             self._reopen_shard(i, record, again.get(i, set()))
         self._publish_plan()
@@ -220,7 +215,7 @@ class CacheWriter:
         found = existing_plan(self.path)
         before = [file for file in found.files if file.file == ROWS and file != self.rows.file] if found else []
         draft = Draft(**dict(self.plan), files=(self.rows.file, *before))
-        publish_checked(self.path / _PLAN, draft.model_dump(mode="json"))
+        publish_checked(self.path / PLAN, draft.model_dump(mode="json"))
 
     def _publish_rows(self) -> None:
         lines, file = self.rows.lines(), self.path / ROWS
@@ -249,7 +244,7 @@ class CacheWriter:
 
     def _kept(self, shard: int) -> KeptShard | None:
         file = self._record(shard, "kept.json")
-        return parse(KeptShard, read(file), file, remedy=_ANEW) if file.exists() else None
+        return parse(KeptShard, read(file), file, remedy=ANEW) if file.exists() else None
 
     def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
         """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
@@ -280,7 +275,7 @@ class CacheWriter:
         digests = [digest for record in records for digest in record.digests]
         if len(failures) == self.plan.rows:
             others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS)
-            for name in (_RECORDS, *others, _PLAN):  # not the folder: it may hold what is not ours
+            for name in (RECORDS, *others, PLAN):  # not the folder: it may hold what is not ours
                 remove(self.path / name)
             raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
@@ -305,108 +300,13 @@ class CacheWriter:
         ).save(self.path)
 
     def _tidy(self) -> None:
-        for name in (_RECORDS, _PLAN):
+        for name in (RECORDS, PLAN):
             remove(self.path / name)
         for lock in (self.path / _LOCKS).iterdir():
             holder(lock)  # deletes those of killed processes; the others go with their holders
 
     def _record(self, shard: int, suffix: str = "json") -> Path:
-        return self.path / _RECORDS / f"{shard:06d}.{suffix}"
-
-
-def existing_plan(path: Path) -> Manifest | Draft | None:
-    """What is planned of the finished or unfinished cache at `path`; None where there is none.
-
-    ValueError when the folder holds something else.
-    """
-    # In this order: of jobs that begin or end meanwhile, the plan comes before other files and goes after the manifest.
-    files = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
-    planned = None
-    with contextlib.suppress(FileNotFoundError):
-        planned = read(path / _PLAN)
-    if (path / MANIFEST).exists():
-        return Manifest.load(path)
-    if planned is not None:
-        return parse(Draft, planned, path / _PLAN, remedy=f"delete {path} and write it anew")
-    if files:
-        raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
-    return None
-
-
-def recorded(path: Path) -> dict[int, ShardRecord]:
-    """The records of all shards that are there so far of the cache at `path`, by their numbers.
-
-    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again. So
-    must all shards of image files whose digests are.
-    """
-    if not (path / MANIFEST).exists():
-        files = sorted((path / _RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
-        with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
-            return {int(file.stem): parse(ShardRecord, read(file), file, remedy=_ANEW) for file in files}
-    manifest = Manifest.load(path)
-    failures: dict[int, list[Failure]] = {}
-    listed = next(file for file in manifest.files if file.file == FAILURES)
-    if listed.problem(path) is None:
-        for line in read(path / FAILURES).decode().splitlines():
-            failure = Failure.model_validate_json(line)
-            failures.setdefault(failure.row // manifest.shard_rows, []).append(failure)
-    digests = ("",) * manifest.rows
-    if manifest.data_bytes:
-        listed = next(file for file in manifest.files if file.file == DIGESTS)
-        if listed.problem(path) is not None:
-            return {}
-        digests = tuple(read(path / DIGESTS).decode().split("\n")[:-1])
-    return {
-        i: ShardRecord(
-            shard=shard,
-            failures=tuple(failures.get(i, ())),
-            digests=digests[manifest.rows_of(i).start : manifest.rows_of(i).stop],
-        )
-        for i, shard in enumerate(manifest.shards)
-        if shard.failed == len(failures.get(i, ()))
-    }
-
-
-def recorded_digests(path: Path) -> dict[int, str]:
-    """The digest of the image file of every row that is committed so far in the cache at `path`."""
-    plan = existing_plan(path) or Manifest.load(path)
-    if isinstance(plan, Manifest):
-        verified(path, plan, DIGESTS)  # or no image would be compared
-    return {
-        row: digest
-        for number, record in recorded(path).items()
-        for row, digest in enumerate(record.digests, plan.rows_of(number).start)
-        if digest
-    }
-
-
-def recorded_failures(path: Path) -> list[Failure]:
-    """The failures of all shards that are there so far of the cache at `path`."""
-    return [failure for record in recorded(path).values() for failure in record.failures]
-
-
-def progress(path: Path) -> tuple[int, int, int]:
-    """Images committed, failed and pending of the cache at `path`; ValueError where there is none."""
-    plan = existing_plan(path) or Manifest.load(path)
-    if isinstance(plan, Manifest):
-        return plan.committed, plan.failed, 0
-    shards = [record.shard for record in recorded(path).values()]
-    failed = sum(shard.failed for shard in shards)
-    committed = sum(shard.rows for shard in shards) - failed
-    return committed, failed, plan.rows - committed - failed
-
-
-def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> Manifest | Draft | None:
-    """What is planned of the cache at `path`; ValueError names the first field, but for `ignored`, that differs."""
-    found = existing_plan(path)
-    difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
-    if difference:
-        name, ours, theirs = (_short(part) for part in difference)
-        raise ValueError(
-            f"{path}: the cache there has {name} = {theirs}, this run has {ours}:"
-            " choose another folder (cache.path for encode) or delete this one"
-        )
-    return found
+        return self.path / RECORDS / f"{shard:06d}.{suffix}"
 
 
 def _again(shards: int) -> str:
@@ -442,8 +342,3 @@ def _merge(shards: list[Shard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = np.sum([shard.total for shard in shards], axis=0) / count
     variance = np.sum([shard.squares for shard in shards], axis=0) / count - mean**2
     return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(variance, 0)).tolist())
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

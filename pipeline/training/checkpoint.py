@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,6 +30,7 @@ from pipeline.ema import Average
 from pipeline.latents import Normalization
 from pipeline.loss import Objective
 from pipeline.optim import STATE
+from pipeline.training.state import RunState
 from pipeline.unet import LatentUNet
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
@@ -52,25 +54,25 @@ class Checkpoint:
     """A checkpoint folder whose files have been checked against their hashes."""
 
     path: Path
-    state: dict[str, Any]
+    state: RunState
 
     @property
     def images_seen(self) -> int:
-        return int(self.state["images_seen"])
+        return self.state.images_seen
 
     @property
     def resumable(self) -> bool:
         """Whether training can go on from here: a folder that `latentmill ema` made has no more than an average."""
-        return _MODEL in self.state["sha256"]
+        return _MODEL in self.state.sha256
 
     @property
     def normalization(self) -> Normalization:
         """Of the latents that the model knows."""
-        return Normalization(**self.state["normalization"])
+        return self.state.normalization
 
     def file(self, name: str) -> Path:
         """A file of the checkpoint; ValueError where its state lists none of that name: its hash is not known."""
-        if name not in self.state["sha256"]:
+        if name not in self.state.sha256:
             raise ValueError(f"{self.path / name}: {_STATE} lists no such file")
         return self.path / name
 
@@ -125,13 +127,18 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """The checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, not what was
     written."""
     try:
-        state = parse_json(read(folder / _STATE))
-        seal, files = state.pop("seal"), state["sha256"].items()
+        values = parse_json(read(folder / _STATE))
+        checksum = values.pop("seal")
     except (*_ABSENT, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder}: no readable {_STATE}") from None
-    if seal != _seal(state):
-        raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not that of its own seal")
-    for name, expected in files:
+    if checksum != _checksum(values):
+        raise ValueError(f"{folder / _STATE}: damaged: its SHA-256 is not the one it was written with")
+    try:
+        state = RunState.model_validate(values)
+    except ValidationError as error:
+        where, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise ValueError(f"{folder / _STATE}: of another version of latentmill: {where}: {why}") from None
+    for name, expected in state.sha256.items():
         if not _is_whole(folder / name, expected if verify else None):
             raise ValueError(f"{folder / name}: missing or damaged: its SHA-256 is not that of {_STATE}")
     return Checkpoint(folder, state)
@@ -143,10 +150,10 @@ def save_checkpoint(
     objective: Objective,
     averages: Mapping[str, Average],
     optimizers: Iterable[Optimizer],
-    state: dict[str, Any],
+    state: RunState,
     writing: bool = True,
 ) -> None:
-    """Publish a checkpoint of `run` at state["images_seen"].
+    """Publish a checkpoint of `run` at `state.images_seen`.
 
     All processes call it, for the weights may be dealt out among them; the one that is `writing` writes.
     """
@@ -155,14 +162,14 @@ def save_checkpoint(
         _OPTIMIZER: _flatten(objective, optimizers),
         **_weights(averages),
     }
-    _publish(checkpoint_path(run, state["images_seen"]), objective.model, files, state, writing)
+    _publish(checkpoint_path(run, state.images_seen), objective.model, files, state, writing)
 
 
 def save_averages(
-    run: Path, *, model: LatentUNet, averages: Mapping[str, Average], state: dict[str, Any], writing: bool = True
+    run: Path, *, model: LatentUNet, averages: Mapping[str, Average], state: RunState, writing: bool = True
 ) -> None:
     """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
-    _publish(checkpoint_path(run, state["images_seen"], AVERAGES), model, _weights(averages), state, writing)
+    _publish(checkpoint_path(run, state.images_seen, AVERAGES), model, _weights(averages), state, writing)
 
 
 def set_aside_newer(run: Path, images_seen: int) -> list[Path]:
@@ -180,7 +187,7 @@ def set_aside_newer(run: Path, images_seen: int) -> list[Path]:
     ]
 
 
-def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: RunState) -> None:
     """Publish `tensors`, an average of the model of `source`, as the one file of a checkpoint in `folder`."""
     model = LatentUNet.from_config(source.model_config())
     _publish(folder, model, {f"{EMA[0]}/{WEIGHTS}": tensors}, state, True)
@@ -215,7 +222,7 @@ def load_training_state(
         for name, parameter in parameters.items()
         for kind in STATE[type(owner[parameter])]
     }
-    if checkpoint.state.get("scaler") and not load_file(checkpoint.file(_OPTIMIZER)):
+    if checkpoint.state.scaler and not load_file(checkpoint.file(_OPTIMIZER)):
         return  # fp16's scaler has skipped every step
     for key, value in _load(checkpoint.file(_OPTIMIZER), expected).items():
         kind, name = key.split(".", 1)
@@ -264,7 +271,7 @@ def _publish(
     folder: Path,
     model: LatentUNet,
     files: Mapping[str, Mapping[str, Tensor]],
-    state: dict[str, Any],
+    state: RunState,
     writing: bool,
 ) -> None:
     """Write `files` of tensors, a config beside each model's weights, and `state` with the hashes of all of them."""
@@ -280,8 +287,9 @@ def _publish(
             if name.endswith(WEIGHTS):
                 config = str(Path(name).with_name("config.json"))
                 hashes[config] = write_staged(staged / config, [model.to_json_string().encode()])
-        state = {**state, "sha256": dict(sorted(hashes.items()))}
-        publish_json(staged / _STATE, {**state, "seal": _seal(state)})
+        left_out = {"sha256"} if state.window else {"sha256", "window"}
+        values = {**state.model_dump(mode="json", exclude=left_out), "sha256": dict(sorted(hashes.items()))}
+        publish_json(staged / _STATE, {**values, "seal": _checksum(values)})
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytearray | memoryview]:
@@ -313,9 +321,9 @@ def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
 
 
-def _seal(state: dict[str, Any]) -> str:
-    """A hash of all that state.json holds besides it, as JSON reads it back."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
+def _checksum(values: dict[str, Any]) -> str:
+    """The SHA-256 of all that state.json holds besides it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(file: Path, sha256: str | None) -> bool:

@@ -19,6 +19,7 @@ from data.storage import append_line, parse_json, publish, read, set_aside
 from data.text import printable
 from pipeline.flops import peak_flops
 from pipeline.noise import LEVELS, noise_level
+from pipeline.training.state import WindowState
 
 LOG = "log.jsonl"
 _SHARED = 0.8  # of the cores that a run has threads for: with less, it competes with other work
@@ -99,19 +100,19 @@ class Window:
         self._started, self._waited, self._timed = time.monotonic(), 0.0, 0
         self._cpu = time.process_time()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> WindowState:
         """For a checkpoint: the sums of every process, as JSON keeps them exactly. All processes call it."""
-        return {"steps": self._steps, "sums": self._accelerator.gather(self._sums[None]).tolist()}
+        return WindowState(steps=self._steps, sums=self._accelerator.gather(self._sums[None]).tolist())
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: WindowState) -> None:
         """Go on from `state`; processes of another number share the sums of all."""
-        sums = torch.tensor(state["sums"], device=self._accelerator.device)
+        sums = torch.tensor(state.sums, device=self._accelerator.device)
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
         if len(sums) == processes:
             self._sums = sums[rank].clone()
         else:  # equal shares of the totals; the first two are means already
             self._sums = torch.cat([sums[:, :2].mean(dim=0), sums[:, 2:].sum(dim=0) / processes])
-        self._steps = state["steps"]
+        self._steps = state.steps
 
     def _speed(self, images_per_second: float, cores: float) -> dict[str, float]:
         """`cores` are those that the process had, on average."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,20 @@ import torch
 from accelerate import Accelerator
 
 from data.cache.manifest import Manifest
+from data.text import brief
 from pipeline.config import Config, Model, Train
 from pipeline.latents import Normalization
-from pipeline.noise import NoiseProcess
 from pipeline.optim import lr_at, lr_course
 from pipeline.training.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
 from pipeline.training.distributed import computer
 from pipeline.training.setup import normalization_of
+from pipeline.training.state import CacheIdentity
 from pipeline.unet import LatentUNet
 
-_CACHE = ("rows", "committed", "store", "dtype", "views", "preprocessing", "data_fingerprint")  # fields of the manifest
 _FIXED = ("batch_size", "seed", "optimizer", "weighting")  # settings that a run keeps to its end
 # settings that no weight depends on; and the precision, which is known only with the device
 _UNRECORDED = {"tracker", "keep", "keep_every", "preview_every", "eval_every", "precision"}
 _LEARNING_RATE = ("lr", "schedule", "images", "warmup", "decay")
-_BRIEF = reprlib.Repr()  # of a value in a line: there may be a thousand classes
-_BRIEF.maxlist, _BRIEF.maxstring = 8, 100
 
 
 def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
@@ -53,34 +50,29 @@ def find_checkpoint(run: Path, accelerator: Accelerator) -> Checkpoint | None:
 
 def check_resumable(checkpoint: Checkpoint, config: Config, manifest: Manifest) -> None:
     """ValueError when `checkpoint` cannot go on under this config and cache, naming what differs."""
-    state, train, cache = checkpoint.state, config.train, cache_identity(manifest)
-    noise = NoiseProcess(**state["noise"])
+    state, train = checkpoint.state, config.train
+    cached, cache = (each.model_dump(mode="json") for each in (state.cache, CacheIdentity.of(manifest)))
     fixed = [
         *_model_pairs(checkpoint, config),
-        *((f"noise.{name}", getattr(noise, name), value) for name, value in config.noise.model_dump().items()),
-        ("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256),
-        ("data.image_size", state["image_size"], manifest.image_size),
-        *((f"train.{name}", state["train"][name], getattr(train, name)) for name in _FIXED),
-        ("train.ema and ema_widths", state["widths"], ema_widths(config)),
+        *((f"noise.{name}", getattr(state.noise, name), value) for name, value in config.noise.model_dump().items()),
+        ("vae", state.vae.weights_sha256, manifest.vae.weights_sha256),
+        ("data.image_size", state.image_size, manifest.image_size),
+        *((f"train.{name}", state.train[name], getattr(train, name)) for name in _FIXED),
+        ("train.ema and ema_widths", list(state.widths), list(ema_widths(config))),
     ]
     of_latents = [
-        ("classes", state["classes"], list(manifest.classes)),
-        *((f"cache's {name}", state["cache"][name], value) for name, value in cache.items() if name in _CACHE),
-        ("train.normalization", state["normalization"], as_json(normalization_of(config, manifest, checkpoint))),
-        ("cache's manifest", state["cache"]["sha256"], cache["sha256"]),
+        ("classes", list(state.classes), list(manifest.classes)),
+        *((f"cache's {name}", cached[name], value) for name, value in cache.items() if name != "sha256"),
+        ("train.normalization", *map(asdict, (state.normalization, normalization_of(config, manifest, checkpoint)))),
+        ("cache's manifest", cached["sha256"], cache["sha256"]),
     ]
     for name, old, new in fixed + of_latents:
         if old != new:
             way_out = "choose another --run"
             if (name, old, new) in of_latents:
                 way_out += f"; with train.init={checkpoint.path.parents[1]} it begins with the weights of this one"
-            values = f"is {_BRIEF.repr(old)}, this run has {_BRIEF.repr(new)}"
+            values = f"is {brief(old)}, this run has {brief(new)}"
             raise ValueError(f"{checkpoint.path}: its {name} {values}: {way_out}")
-
-
-def cache_identity(manifest: Manifest) -> dict[str, Any]:
-    """What a run must find again in its cache, as JSON has it: fields of the manifest, and the SHA-256 of all of it."""
-    return {**manifest.model_dump(mode="json", include=set(_CACHE)), "sha256": manifest.sha256()}
 
 
 def settings_of(train: Train, access: str) -> dict[str, Any]:
@@ -91,12 +83,12 @@ def settings_of(train: Train, access: str) -> dict[str, Any]:
 def changes_since(checkpoint: Checkpoint, train: Train, access: str, accelerator: Accelerator) -> list[str]:
     """A line for the settings that have changed since `checkpoint`, one for what the learning rate does now, and one
     for the machine and the versions; none where nothing has."""
-    lines, before, now = [], checkpoint.state["train"], settings_of(train, access)
+    lines, before, now = [], checkpoint.state.train, settings_of(train, access)
     if changed := _changed(before, now):
         lines.append(f"changed since this checkpoint: {changed}")
     if any(before[name] != now[name] for name in _LEARNING_RATE):
         lines.append(_learning_rate(checkpoint.images_seen, before, now))
-    before, now = checkpoint.state["computer"], computer(accelerator)
+    before, now = checkpoint.state.computer, computer(accelerator)
     if changed := _changed(before, now):
         # a generator on a GPU deals its numbers out among as many threads as that kind of GPU has
         other = ", other noise" if before["device"] != now["device"] else ""
@@ -124,9 +116,9 @@ def _learning_rate(images_seen: int, before: dict[str, Any], now: dict[str, Any]
     return ", ".join(parts) + " images"
 
 
-def ema_widths(config: Config) -> list[float]:
+def ema_widths(config: Config) -> tuple[float, ...]:
     """The widths of the power-function averages; none where the average is exponential."""
-    return list(config.train.ema_widths) if config.train.ema == "power" else []
+    return config.train.ema_widths if config.train.ema == "power" else ()
 
 
 def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[Normalization, str]:
@@ -145,31 +137,27 @@ def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[N
         checkpoint, passed_over = newest_checkpoint(source)
     if not checkpoint:
         raise ValueError(f"train.init: no whole checkpoint in {source}")
-    state, noise = checkpoint.state, NoiseProcess(**checkpoint.state["noise"])
+    state = checkpoint.state
     pairs = [pair for pair in _model_pairs(checkpoint, config) if pair[0] != "model.dropout"]
     pairs += [
-        (f"noise.{name}", getattr(noise, name), getattr(config.noise, name))
+        (f"noise.{name}", getattr(state.noise, name), getattr(config.noise, name))
         for name in ("schedule", "prediction", "zero_terminal_snr")
     ]
-    pairs.append(("vae", state["vae"]["weights_sha256"], manifest.vae.weights_sha256))
+    pairs.append(("vae", state.vae.weights_sha256, manifest.vae.weights_sha256))
     if config.model.bottleneck == "transformer":  # which has learnt a position for every token
         pairs.append(("size of latents", checkpoint.model_config()["sample_size"], manifest.shape[1]))
     for name, old, new in pairs:
         if old != new:
             raise ValueError(f"train.init: {checkpoint.path}: its {name} is {old}, this run has {new}")
     weights, line = checkpoint.ema_weights(), f"beginning with averaged weights and normalisation of {checkpoint.path}"
-    if state["classes"] != list(manifest.classes):
+    if state.classes != manifest.classes:
         table = model.classes.weight.detach().clone()
         table[-1] = weights["classes.weight"][-1]
         weights["classes.weight"] = table
-        line += f"; {len(manifest.classes)} classes, not its {len(state['classes'])}: their table is new"
+        line += f"; {len(manifest.classes)} classes, not its {len(state.classes)}: their table is new"
     model.load_state_dict(weights)
     said = "".join(f"passed over {each}\n" for each in passed_over) + line
     return checkpoint.normalization, said
-
-
-def as_json(normalization: Normalization) -> dict[str, list[float]]:
-    return {name: list(values) for name, values in asdict(normalization).items()}
 
 
 def _model_pairs(checkpoint: Checkpoint, config: Config) -> list[tuple[str, Any, Any]]:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from data.storage import publish, set_aside
-from pipeline.config import Config, dump_config, load_config
+from pipeline.config import Config
+from pipeline.config_file import dump_config, load_config
 from pipeline.training.checkpoint import AVERAGES, checkpoint_folders
 from pipeline.training.metrics import LOG
 

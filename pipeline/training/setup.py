@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import LatentCache
 from data.loader import LatentLoader
 from data.memory import host_memory
+from data.text import brief
 from pipeline.config import Config, heldout_path
 from pipeline.device import local_processes
 from pipeline.flops import fitting_rows, training_bytes
@@ -23,8 +23,6 @@ from pipeline.training.heldout_loss import DRAWS, HeldOut, drawn_images
 from pipeline.unet import LatentUNet
 
 _MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
-_BRIEF = reprlib.Repr()  # of a value in a line: there may be a thousand classes
-_BRIEF.maxlist, _BRIEF.maxstring = 8, 100
 
 
 def build_model(config: Config, manifest: Manifest) -> LatentUNet:
@@ -68,7 +66,7 @@ def with_batch_size(
     if train.batch_size != "auto":
         return config
     if checkpoint:
-        return _with_train(config, batch_size=checkpoint.state["train"]["batch_size"])
+        return _with_train(config, batch_size=checkpoint.state.train["batch_size"])
     free, latents = _free_memory(accelerator), manifest.committed * manifest.row_bytes
     if train.access in ("auto", "resident") and latents <= free // 2:  # the loader will hold them there
         free -= latents
@@ -117,11 +115,11 @@ def open_loader(
         world_size=accelerator.num_processes,
         device=accelerator.device,
         access=train.access,
-        streamed=checkpoint.state["train"]["access"] == "streamed" if checkpoint else None,
+        streamed=checkpoint.state.train["access"] == "streamed" if checkpoint else None,
         sharing=local_processes(),
         reserved=_training_bytes(config, cache.manifest, accelerator) if accelerator.device.type == "cuda" else 0,
     )
-    if checkpoint and (checkpoint.state["train"]["access"] == "streamed") != (loader.access == "streamed"):
+    if checkpoint and (checkpoint.state.train["access"] == "streamed") != (loader.access == "streamed"):
         kind = "mapped" if loader.access == "streamed" else "streamed"
         raise ValueError(f"train.access: this run began in another order of images: give train.access={kind}")
     streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=accelerator.device))
@@ -151,8 +149,8 @@ def open_heldout(config: Config, manifest: Manifest, noise: NoiseProcess) -> Hel
     ):
         if ours != other:
             raise ValueError(
-                f"{path / MANIFEST}: its {name} is {_BRIEF.repr(other)}, that of {config.cache.path} is"
-                f" {_BRIEF.repr(ours)}: delete {path} and run encode again"
+                f"{path / MANIFEST}: its {name} is {brief(other)}, that of {config.cache.path} is"
+                f" {brief(ours)}: delete {path} and run encode again"
             )
     images = drawn_images(len(cache))
     moments, labels = (torch.from_numpy(each) for each in (cache.read_verified(images), cache.labels[images]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 from concurrent.futures import wait
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,15 +44,14 @@ from pipeline.training.metrics import Window, begin_log, log_line, log_measured,
 from pipeline.training.plots import draw_curves
 from pipeline.training.previews import PER_CLASS, PREVIEWED, averaged_model, draw_images, draw_strip
 from pipeline.training.resume import (
-    as_json,
     begin_with,
-    cache_identity,
     changes_since,
     ema_widths,
     settings_of,
 )
 from pipeline.training.run_folder import begin_run_folder
 from pipeline.training.setup import build_model, normalization_of, open_heldout, open_loader
+from pipeline.training.state import CacheIdentity, RunState
 from pipeline.training.tracker import Tracker
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
@@ -207,10 +205,11 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, accelerator = checkpoint.state, self.accelerator
         load_training_state(checkpoint, self.objective, self.averages, self.optimizers)
-        self.step = state["step"]
-        self.window.load(state["window"])
-        if accelerator.scaler and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state.step
+        assert state.window
+        self.window.load(state.window)
+        if accelerator.scaler and state.scaler:
+            accelerator.scaler.load_state_dict(state.scaler)
         accelerator.print(f"train: continuing {self.run} at {self.images_seen:,} images")
         for line in changes_since(checkpoint, self.config.train, self.loader.access, accelerator):
             accelerator.print(f"train: {line}")
@@ -344,33 +343,33 @@ class Trainer:
         self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
         self.accelerator.wait_for_everyone()  # which other machines say of their files
         settings = self.config.train
-        state = {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "train": settings_of(settings, self.loader.access),
-            "classes": self.manifest.classes,
-            "class_counts": self.class_counts.tolist(),
-            "without_class": self.without_class,
-            "noise": asdict(self.noise),
-            "normalization": as_json(self.normalization),
-            "image_size": self.manifest.image_size,
-            "vae": self.manifest.vae.model_dump(mode="json"),
-            "cache": cache_identity(self.manifest),
-            "widths": ema_widths(self.config),
-            "computer": computer(self.accelerator),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-        }
+        state = RunState(
+            step=self.step,
+            images_seen=self.images_seen,
+            train=settings_of(settings, self.loader.access),
+            classes=self.manifest.classes,
+            class_counts=tuple(self.class_counts.tolist()),
+            without_class=self.without_class,
+            noise=self.noise,
+            normalization=self.normalization,
+            image_size=self.manifest.image_size,
+            vae=self.manifest.vae,
+            cache=CacheIdentity.of(self.manifest),
+            widths=ema_widths(self.config),
+            computer=computer(self.accelerator),
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        )
         if self.main:
             for path in set_aside_newer(self.run, self.images_seen):
                 print(f"train: set aside as {path}: damaged, or later than where this run went on", flush=True)
-        if state["widths"] and scheduled:
+        if state.widths and scheduled:
             save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(
             self.run,
             objective=self.objective,
             averages=self.averages,
             optimizers=self.optimizers,
-            state={**state, "window": self.window.state()},
+            state=state.model_copy(update={"window": self.window.state()}),
             writing=self.main,
         )
         if self.main:
