@@ -126,7 +126,7 @@ def measure_rates(configs: dict[str, Config]) -> dict[str, float]:
             for name, trainer in trainers.items():
                 started = time.perf_counter()
                 for _ in range(STEPS):
-                    trainer._update()
+                    trainer.train_step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if number:

@@ -179,21 +179,18 @@ def _loop(config: Config, rounds: int, steps: int, online: str | None) -> None:
     batch = _batch_size(config)
     changes = {"images": (rounds + 1) * steps * batch, "preview_every": 10**9}
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-    update, started = Trainer._update, [time.perf_counter()]
+    started = [time.perf_counter()]
 
-    def update_in_turn(self: Trainer) -> None:
-        if self.step and self.step % steps == 0:
+    def take_turns(trainer: Trainer) -> None:
+        if trainer.step % steps == 0:
             _report(steps * batch / (time.perf_counter() - started[0]))
-            sys.stdin.readline()
+            if trainer.images_seen < trainer.config.train.images:
+                sys.stdin.readline()
             started[0] = time.perf_counter()
-        update(self)
-        if self.images_seen == self.config.train.images:
-            _report(steps * batch / (time.perf_counter() - started[0]))
 
-    Trainer._update = update_in_turn  # type: ignore[method-assign]
     encoding = _encoding(config, online) if online else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), encoding:
-        train(config, Path(folder))
+        train(config, Path(folder), take_turns)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,15 @@ from pipeline.noise import NoiseProcess
 from pipeline.unet import LatentUNet, timestep_embedding
 
 _FEATURES = 64  # of a timestep, for the learned weighting
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass is about."""
+
+    latents: Tensor  # B C h w, normalised
+    noise: Tensor  # B C h w
+    times: Tensor  # B, timesteps
+    classes: Tensor  # B int64, of which some are the null class
 
 
 class Objective(nn.Module):

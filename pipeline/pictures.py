@@ -44,17 +44,19 @@ def contact_sheet(
     return sheet
 
 
-def strip(sheets: Sequence[Image.Image], captions: Sequence[str], *, size: int, classes: int) -> Image.Image:
-    """The last image of each of `classes` rows of contact sheets, whose images are `size` wide: one line a sheet."""
+def strip(rows: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Rows of square images side by side, each with a caption on the left."""
+    size = rows[0].height
     tile, written = _tile(size), draw_texts(captions, size=13, width=_MARGIN)
     margin = 12 + max(caption.width for caption in written)
-    image = Image.new("RGB", (margin + classes * (tile + _GAP), len(sheets) * (tile + _GAP) + _GAP), "white")
-    for y, (sheet, caption) in enumerate(zip(sheets, written, strict=True)):
+    columns = max(row.width // row.height for row in rows)
+    image = Image.new("RGB", (margin + columns * (tile + _GAP), len(rows) * (tile + _GAP) + _GAP), "white")
+    for y, (row, caption) in enumerate(zip(rows, written, strict=True)):
         top = _GAP + y * (tile + _GAP)
         image.paste(caption, (margin - 6 - caption.width, top + (tile - caption.height) // 2))
-        for x in range(classes):
-            left, upper = sheet.width - _GAP - tile, _GAP + x * (tile + _GAP)
-            image.paste(sheet.crop((left, upper, left + tile, upper + tile)), (margin + x * (tile + _GAP), top))
+        for x in range(row.width // row.height):
+            each = row.crop((x * row.height, 0, (x + 1) * row.height, row.height))
+            image.paste(each.resize((tile, tile), Image.Resampling.NEAREST), (margin + x * (tile + _GAP), top))
     return image
 
 

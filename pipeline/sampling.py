@@ -6,7 +6,7 @@ neither the loop nor the scheduler knows the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.compatibility import STEPS, check_sampler
+from pipeline.config import Sample
+from pipeline.device import sampling_dtype
 from pipeline.noise import NoiseProcess
 from pipeline.seeds import coordinate_seed
 from pipeline.unet import LatentUNet
@@ -66,7 +68,7 @@ class _DDIM(DDPMScheduler):
         return DDPMSchedulerOutput(then.sqrt() * clean + (1 - then).sqrt() * noise)
 
 
-def image_generators(seed: int, indices: list[int]) -> list[torch.Generator]:
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """A generator for every image, a function of (seed, index) alone; on the CPU, so that every device draws alike."""
     return [torch.Generator().manual_seed(coordinate_seed("sample", seed, index)) for index in indices]
 
@@ -111,3 +113,24 @@ def draw(
         prediction = denoise(x, time)
         x = scheduler.step(prediction, timestep, x, **extra).prev_sample
     return x
+
+
+def draw_samples(
+    model: LatentUNet,
+    noise: NoiseProcess,
+    settings: Sample,
+    labels: Tensor,
+    *,
+    indices: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Normalised latents `B C h w` of the classes `labels` int64 `B`, as `settings` say; sample i is a function of its
+    class, of `settings.seed` and of its number in `indices`, whatever is drawn beside it."""
+    size = model.config["sample_size"]
+    return draw(
+        guided(model, labels.to(device), settings.guidance, sampling_dtype(settings.precision, device)),
+        make_scheduler(settings.scheduler, noise, settings.steps),
+        shape=(model.config["in_channels"], size, size),
+        generators=image_generators(settings.seed, indices),
+        device=device,
+    )

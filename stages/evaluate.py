@@ -30,7 +30,7 @@ from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
 from pipeline.evaluation.receipt import print_table, save_page
 from pipeline.sampling import make_scheduler
-from pipeline.training.checkpoint import EMA, Checkpoint, checkpoint_path, open_checkpoint
+from pipeline.training.checkpoint import Checkpoint, checkpoint_path, open_checkpoint
 from pipeline.training.run_folder import EVAL, check_run_folder
 from pipeline.vae import FrozenVae
 from stages.sample import require_checkpoint, sample, sample_folder, settle
@@ -307,7 +307,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint": checkpoint.path.name,
         "images_seen": checkpoint.images_seen,
         "average": f"power-function average of width {widths[0]:g}" if widths else halflife,
-        "sha256": state.sha256[f"{EMA[0]}/diffusion_pytorch_model.safetensors"],
+        "sha256": checkpoint.ema_sha256,
         "train_seed": state.train["seed"],
         "cache": state.cache.sha256,
     }

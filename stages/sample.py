@@ -26,7 +26,7 @@ from data.text import digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config, Sample
 from pipeline.device import pick_device, sampling_dtype
-from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.sampling import draw_samples
 from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 
 
@@ -161,17 +161,12 @@ def _draw_batch(
     labels: np.ndarray[Any, Any],
 ) -> torch.Tensor:
     """Latents `B C h w` of the samples with the indices `batch`, as the VAE's decoder takes them."""
-    size = model.config["sample_size"]
-    latents = draw(
-        guided(
-            model,
-            torch.from_numpy(labels[batch.start : batch.stop]).to(device),
-            settings.guidance,
-            sampling_dtype(settings.precision, device),
-        ),
-        make_scheduler(settings.scheduler, checkpoint.state.noise, settings.steps),
-        shape=(model.config["in_channels"], size, size),
-        generators=image_generators(settings.seed, list(batch)),
+    latents = draw_samples(
+        model,
+        checkpoint.state.noise,
+        settings,
+        torch.from_numpy(labels[batch.start : batch.stop]),
+        indices=batch,
         device=device,
     )
     return checkpoint.normalization.denormalize(latents)
@@ -184,7 +179,7 @@ def _batches(rows: range, size: int) -> Iterator[range]:
 
 def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
     stored = checkpoint.model_config()
-    weights = checkpoint.state.sha256["ema/diffusion_pytorch_model.safetensors"]
+    weights = checkpoint.ema_sha256
     return Plan(
         store="mean",
         dtype=config.cache.dtype,
@@ -208,7 +203,7 @@ def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any,
     names = checkpoint.state.classes
     return {
         "checkpoint": str(checkpoint.path),
-        "ema_sha256": checkpoint.state.sha256["ema/diffusion_pytorch_model.safetensors"],
+        "ema_sha256": checkpoint.ema_sha256,
         "images_seen": checkpoint.images_seen,
         "vae": checkpoint.state.vae.model_dump(mode="json"),
         "noise": asdict(checkpoint.state.noise),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from pipeline.training.setup import with_batch_size
 from pipeline.training.trainer import Trainer, preview_missing
 
 
-def train(config: Config, run: Path) -> None:
-    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one.
+def train(config: Config, run: Path, on_step: Callable[[Trainer], None] | None = None) -> None:
+    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one; `on_step` is
+    called at the end of every step.
 
     SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
     """
@@ -37,7 +39,7 @@ def train(config: Config, run: Path) -> None:
                 accelerator.print(f"train: all done: {checkpoint.images_seen:,} images seen in {run}")
                 return
         try:
-            Trainer(config, run, accelerator, checkpoint).run_to_the_end()
+            Trainer(config, run, accelerator, checkpoint).run_to_the_end(on_step)
             accelerator.end_training()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(

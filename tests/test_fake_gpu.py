@@ -135,7 +135,7 @@ def trainer(world: World, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyP
 
 def test_it_trains(trainer: Trainer) -> None:
     for _ in range(2):
-        trainer._update()
+        trainer.train_step()
     assert all(p.device == GPU and isinstance(p, FakeTensor) for p in trainer.model.parameters())
 
 

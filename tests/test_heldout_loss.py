@@ -253,10 +253,10 @@ def test_the_last_line_is_what_the_exported_average_has(world: World, caches: Pa
 
 
 def test_a_run_that_was_interrupted_logs_what_one_that_was_not_does(
-    world: World, caches: Path, logged: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, caches: Path, logged: tuple[Path, str], tmp_path: Path
 ) -> None:
     """It stops at 40 images, after a line at 36, and goes on from a checkpoint at 32."""
-    interrupt(monkeypatch, config_of(world, caches), tmp_path, at_step=10)
+    interrupt(config_of(world, caches), tmp_path, at_step=10)
     assert log_of(tmp_path)[-2]["images_seen"] == 36
     train(config_of(world, caches), tmp_path)
     assert log_of(tmp_path) == log_of(logged[0])

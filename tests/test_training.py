@@ -25,19 +25,15 @@ from tests.small_world import World, log_of, make_vae, run_stage, succeed, tree
 from tests.test_checkpoint import flip_a_byte, lose_the_state
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, config: Config, run: Path, *, at_step: int) -> None:
-    """Train until step number `at_step` would begin."""
-    update = Trainer._update
+def interrupt(config: Config, run: Path, *, at_step: int) -> None:
+    """Train until `at_step` steps are done."""
 
-    def failing(self: Trainer) -> None:
-        if self.step == at_step:
+    def fail(trainer: Trainer) -> None:
+        if trainer.step == at_step:
             raise KeyboardInterrupt
-        update(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, run)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run, fail)
 
 
 @pytest.fixture
@@ -49,10 +45,10 @@ def config(world: World) -> Config:
 
 @pytest.mark.parametrize("at_step", [2, 7, 11])  # before any checkpoint; after a log line; in the last steps
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
-    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
+    world: World, config: Config, tmp_path: Path, at_step: int
 ) -> None:
     run = tmp_path / "run"
-    interrupt(monkeypatch, config, run, at_step=at_step)
+    interrupt(config, run, at_step=at_step)
     torch.manual_seed(99)  # a new process has another state
     train(config, run)
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
@@ -66,12 +62,11 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
     world: World,
     config: Config,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], None],
 ) -> None:
     run = tmp_path / "run"
-    interrupt(monkeypatch, config, run, at_step=9)
+    interrupt(config, run, at_step=9)
     damaged = run / "checkpoints" / "000000032"
     damage(damaged)
     before = tree(damaged)
@@ -86,12 +81,10 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
     assert log_of(run) == log_of(world.run)
 
 
-def test_a_run_without_dropout_can_be_interrupted_too(
-    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_dropout_can_be_interrupted_too(world: World, config: Config, tmp_path: Path) -> None:
     plain = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
     train(plain, tmp_path / "straight")
-    interrupt(monkeypatch, plain, tmp_path / "broken", at_step=6)
+    interrupt(plain, tmp_path / "broken", at_step=6)
     train(plain, tmp_path / "broken")
     straight = tree(tmp_path / "straight" / "checkpoints")
     assert straight == tree(tmp_path / "broken" / "checkpoints")
@@ -197,16 +190,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_the_update_and_names_t
     """Step 6 of a run that logs each second step: deferred, it is noticed at the line after step 6."""
     run = tmp_path / "run"
     trainers: list[Trainer] = []
-    update = Trainer._update
+    update = Trainer.train_step
 
     def watched(self: Trainer) -> None:
         trainers[:] = [self]
         update(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", watched)
-        patch.setattr(Trainer, "_can_defer", lambda self: deferred)
-        interrupt(patch, config, tmp_path / "until", at_step=5)
+        patch.setattr(Trainer, "train_step", watched)
+        patch.setattr(Trainer, "can_defer", lambda self: deferred)
+        interrupt(config, tmp_path / "until", at_step=5)
         expected = {name: value.clone() for name, value in trainers[0].model.state_dict().items()}
         poison(patch, step=5, place=1)
         result = run_stage("train", world.config, run)
@@ -227,13 +220,13 @@ def test_a_signal_while_the_cache_is_still_verified_saves_nothing_and_waits_for_
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified = threading.Event()
-    update = Trainer._update
+    update = Trainer.train_step
 
     def signalled(self: Trainer) -> None:
         update(self)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_update", signalled)
+    monkeypatch.setattr(Trainer, "train_step", signalled)
     monkeypatch.setattr(LatentCache, "verify", lambda self: verified.wait(60))
     monkeypatch.setattr("pipeline.training.trainer._GRACE", 0.1)
     result = run_stage("train", world.config, tmp_path)

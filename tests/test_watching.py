@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import pipeline.training.trainer
 from pipeline.config_file import load_config
 from pipeline.noise import LEVELS
 from pipeline.training.metrics import Window
 from pipeline.training.plots import draw_curves
+from pipeline.training.state import WindowState
 from pipeline.training.tracker import Tracker
 from tests.small_world import CLASSES, IMAGE_SIZE, World, log_of, run_stage, succeed, tree
 
@@ -60,12 +60,12 @@ def test_a_window_goes_on_from_a_checkpoint_to_the_bit() -> None:
     steps = [(torch.rand(4, generator=generator), torch.rand(4, generator=generator) * 1000) for _ in range(6)]
     for number, (errors, times) in enumerate(steps):
         if number == 3:
-            windows[1].load(json.loads(json.dumps(windows[0].state())))
+            windows[1].load(WindowState.model_validate_json(windows[0].state().model_dump_json()))
         for window in windows[: 1 if number < 3 else 2]:
             window.add(errors.mean(), errors.max(), errors, times)
     states = [window.state() for window in windows]
     assert states[0] == states[1]
-    windows[2].load({"steps": 6, "sums": states[0]["sums"] * 2})
+    windows[2].load(WindowState(steps=6, sums=states[0].sums * 2))
     one, both = (window.close(step=6, batch_size=4, lr=0.1) for window in (windows[0], windows[2]))
     assert (one["loss"], one["gradient_norm"]) == pytest.approx((both["loss"], both["gradient_norm"]))
     assert one["loss_by_noise"] == pytest.approx(both["loss_by_noise"])
@@ -96,33 +96,26 @@ def test_the_run_has_its_curves_and_a_strip_of_its_previews(world: World, tmp_pa
         )
 
 
-BROKEN_PARTS = {  # of what is for people to look at, and the name that it goes by in the warning
-    "save_png": "preview",
-    "draw_strip": "preview",
-    "draw_curves": "curves.png",
-}
-
-
 @pytest.mark.parametrize(
-    ("part", "error"),
+    ("function", "part", "error"),
     [
-        ("save_png", OSError(28, "No space left on device")),
-        ("draw_strip", MemoryError()),
-        ("draw_curves", ValueError("$ in \n a name")),
+        ("previews.save_png", "preview", OSError(28, "No space left on device")),
+        ("previews.draw_strip", "preview", MemoryError()),
+        ("trainer.draw_curves", "curves.png", ValueError("$ in \n a name")),
     ],
 )
 def test_what_is_for_people_to_look_at_never_stops_a_run(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, part: str, error: Exception
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         assert (tmp_path / "checkpoints" / "000000048").is_dir(), "the checkpoint comes first"
         raise error
 
-    monkeypatch.setattr(pipeline.training.trainer, part, fail)
+    monkeypatch.setattr(f"pipeline.training.{function}", fail)
     said = succeed("train", world.config, tmp_path).splitlines()
     warnings = [line for line in said if "training goes on without it" in line]
     assert len(warnings) == 1
-    assert warnings[0].startswith(f"train: {BROKEN_PARTS[part]}: {type(error).__name__}: ")
+    assert warnings[0].startswith(f"train: {part}: {type(error).__name__}: ")
     assert tree(tmp_path / "checkpoints") == tree(world.run / "checkpoints")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +16,6 @@ from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.distributed import _check_fsdp, connect
 from pipeline.training.trainer import Trainer
-from pipeline.unet import LatentUNet
 from stages.train import train
 from tests.small_world import World, log_of, run_stage, state_of, succeed, tree, weights_of
 from tests.test_training import interrupt, poison
@@ -49,14 +48,14 @@ def test_no_step_asks_the_device_for_a_value(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], deferred: bool
 ) -> None:
     """As it is on a GPU; on a CPU, each step asks whether its gradient is finite."""
-    update, asking = Trainer._update, Asking()
+    update, asking = Trainer.train_step, Asking()
 
     def watched(self: Trainer) -> None:
         with asking:
             update(self)
 
-    monkeypatch.setattr(Trainer, "_update", watched)
-    monkeypatch.setattr(Trainer, "_can_defer", lambda self: deferred)
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    monkeypatch.setattr(Trainer, "can_defer", lambda self: deferred)
     succeed("train", world.config, tmp_path, "train.images=16", *overrides)
     assert asking.found == [] if deferred else asking.found == ["_local_scalar_dense"] * 4
 
@@ -87,10 +86,10 @@ def accelerate_anew() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("accelerate_anew")
 def test_every_way_to_train_goes_on_where_it_was_interrupted(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+    world: World, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     succeed("train", world.config, tmp_path / "straight", *overrides)
-    interrupt(monkeypatch, load_config(world.config, overrides), tmp_path / "broken", at_step=6)
+    interrupt(load_config(world.config, overrides), tmp_path / "broken", at_step=6)
     succeed("train", world.config, tmp_path / "broken", *overrides)
     assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "straight")
@@ -174,22 +173,20 @@ def test_fp16_on_a_cpu_is_refused(world: World, tmp_path: Path) -> None:
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training with fp16's loss scale, in float32: a CPU has the one, but not the other."""
-    prepare = Trainer._prepare
 
-    def with_scaler(self: Trainer, model: LatentUNet) -> None:
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
-        prepare(self, model)
+    def with_scaler(precision: str) -> Accelerator:
+        accelerator = connect(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+        return accelerator
 
-    monkeypatch.setattr(Trainer, "_prepare", with_scaler)
+    monkeypatch.setattr("stages.train.connect", with_scaler)
 
 
 @pytest.mark.usefixtures("scaled")
-def test_a_run_with_a_loss_scale_goes_on_where_it_was_interrupted(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_loss_scale_goes_on_where_it_was_interrupted(world: World, tmp_path: Path) -> None:
     config = load_config(world.config)
     train(config, tmp_path / "straight")
-    interrupt(monkeypatch, config, tmp_path / "broken", at_step=6)
+    interrupt(config, tmp_path / "broken", at_step=6)
     train(config, tmp_path / "broken")
     assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
     assert state_of(tmp_path / "broken", 48)["scaler"]["scale"] == 4096.0  # doubled twice in twelve steps
@@ -200,7 +197,7 @@ def test_a_run_with_a_loss_scale_goes_on_where_it_was_interrupted(
 def test_a_loss_that_is_not_a_number_stops_a_run_with_a_loss_scale(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deferred: bool
 ) -> None:
-    monkeypatch.setattr(Trainer, "_can_defer", lambda self: deferred)
+    monkeypatch.setattr(Trainer, "can_defer", lambda self: deferred)
     poison(monkeypatch, step=5, place=1)
     result = run_stage("train", world.config, tmp_path)
     assert result.exit_code == 1
@@ -215,7 +212,7 @@ def test_a_device_without_memory_for_a_batch_is_told_of_ways_out(
     def full(self: Trainer) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Trainer, "_update", full)
+    monkeypatch.setattr(Trainer, "train_step", full)
     result = run_stage("train", world.config, tmp_path)
     assert result.exit_code == 1
     assert "out of memory with train.batch_size = 4: try train.accumulate=2" in result.stderr

@@ -70,6 +70,11 @@ class Checkpoint:
         """Of the latents that the model knows."""
         return self.state.normalization
 
+    @property
+    def ema_sha256(self) -> str:
+        """Of the averaged weights that samples are drawn from."""
+        return self.state.sha256[f"{EMA[0]}/{WEIGHTS}"]
+
     def file(self, name: str) -> Path:
         """A file of the checkpoint; ValueError where its state lists none of that name: its hash is not known."""
         if name not in self.state.sha256:

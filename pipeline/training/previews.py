@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from data.cache.manifest import Manifest
-from pipeline.config import Config, Sample
-from pipeline.device import sampling_dtype
+from pipeline.compatibility import usable_guidance
+from pipeline.config import Config
 from pipeline.ema import Average
 from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
-from pipeline.pictures import save_png, strip
-from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.pictures import contact_sheet, save_png, strip
+from pipeline.sampling import draw_samples
 from pipeline.training.checkpoint import full
-from pipeline.training.setup import build_model
+from pipeline.training.metrics import optional
+from pipeline.training.setup import build_model, open_heldout
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
 
@@ -27,63 +30,126 @@ PER_CLASS = 4
 PREVIEWED = 10  # classes of a preview: the first ones with images
 STRIP = "previews.png"
 _STRIP_ROWS = 12
+_ROWS = "rows"  # folder of one image a class of every preview, side by side, which the strip is made of
 
 
-def averaged_model(average: Average, config: Config, manifest: Manifest, accelerator: Accelerator) -> LatentUNet | None:
-    """The model with the weights of `average`, in the main process; in others None, but all of them must ask."""
+def preview_file(run: Path, images_seen: int) -> Path:
+    """The picture of samples of that time."""
+    return run / "previews" / f"{images_seen:09d}.png"
+
+
+def gathered(average: Average, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The weights of `average`, whole, in the main process; in others nothing, but all of them must ask."""
     weights = {}
     for name, value in average.tensors.items():
         whole = full(value)
         if accelerator.is_main_process:
             weights[name] = whole
-    if not accelerator.is_main_process:
-        return None
-    with torch.device("meta"):  # no weights are drawn that would be replaced at once
-        model = build_model(config, manifest)
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False).eval()
+    return weights
 
 
-@torch.inference_mode()
-def draw_images(
-    model: LatentUNet,
-    labels: NDArray[np.int64],
-    *,
-    noise: NoiseProcess,
-    normalization: Normalization,
-    vae: FrozenVae,
-    settings: Sample,
-    decoded: int,
-) -> NDArray[np.uint8]:
-    """Samples of the classes `labels` `N` at fixed seeds, with the sampler and the guidance of `settings`: uint8
-    `N H W 3`, of which `decoded` are decoded at a time, since a larger VAE has no room for all."""
-    size, images = model.config["sample_size"], []
-    for start in range(0, len(labels), settings.batch_size):
-        part = torch.from_numpy(labels[start : start + settings.batch_size]).to(vae.device)
-        latents = draw(
-            guided(model, part, settings.guidance, sampling_dtype(settings.precision, vae.device)),
-            make_scheduler(settings.scheduler, noise, settings.steps),
-            shape=(model.config["in_channels"], size, size),
-            generators=image_generators(settings.seed, list(range(start, start + len(part)))),
-            device=vae.device,
+class Previews:
+    """What averaged weights can do so far: samples, the held-out loss, a quick score. Of the main process alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        manifest: Manifest,
+        *,
+        class_counts: NDArray[np.int64],
+        without_class: float,
+        noise: NoiseProcess,
+        device: torch.device,
+    ) -> None:
+        """`class_counts` are the images of each class; `without_class` is the share of images trained without theirs.
+
+        ValueError where the VAE of `config` is not that of the latents.
+        """
+        self._config, self._run, self._manifest, self._noise = config, run, manifest, noise
+        self._vae = FrozenVae(config.vae.source, device)
+        self._vae.check(manifest.vae, config.cache.path)
+        guidance, line = usable_guidance(
+            config.sample.guidance, without_class=without_class, classes=len(manifest.classes)
         )
-        images += [to_images(vae.decode(each)) for each in normalization.denormalize(latents).split(decoded)]
-    return torch.cat(images).cpu().numpy()
+        if line:
+            print(f"train: previews: {line}")
+        self._settings = config.sample.model_copy(update={"guidance": guidance})
+        trained = np.flatnonzero(class_counts)  # of others nothing is learnt
+        self._shown = trained[:PREVIEWED]
+        self._heldout = open_heldout(config, manifest, noise)
+        self._score = None
+        if config.train.eval_every:
+            from pipeline.training.quick_score import QuickScore  # which nobody else has to wait for
+
+            self._score = QuickScore(config, trained, device)
+
+    def measure(
+        self, weights: dict[str, Tensor], normalization: Normalization, *, heldout: bool, score: bool
+    ) -> dict[str, Any]:
+        """For the log: the loss on held-out images and a quick score, where they are wanted and the run has them."""
+        measured: dict[str, Any] = {}
+        with optional("held-out loss and score"):
+            model = self._model(weights)
+            if heldout and self._heldout:
+                measured |= self._heldout.measure(model, normalization)
+            if score and self._score:
+                measured |= self._score.measure(self._draw(model, normalization, self._score.labels))
+        return measured
+
+    def publish(self, weights: dict[str, Tensor], normalization: Normalization, images_seen: int) -> None:
+        """Publish a sheet of samples, and the strip of all times with it."""
+        with optional("preview"):
+            labels = np.tile(self._shown, PER_CLASS)
+            images = self._draw(self._model(weights), normalization, labels)
+            save_png(
+                contact_sheet(images, labels.tolist(), self._manifest.classes), preview_file(self._run, images_seen)
+            )
+            row = np.concatenate(list(images[-len(self._shown) :]), axis=1)
+            save_png(
+                Image.fromarray(row), preview_file(self._run, images_seen).parent / _ROWS / f"{images_seen:09d}.png"
+            )
+            draw_strip(self._run)
+
+    def _model(self, weights: dict[str, Tensor]) -> LatentUNet:
+        with torch.device("meta"):  # no weights are drawn that would be replaced at once
+            model = build_model(self._config, self._manifest)
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def _draw(self, model: LatentUNet, normalization: Normalization, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Samples of the classes `labels` `N` at fixed seeds: uint8 `N H W 3`, of which `PREVIEWED` are decoded at a
+        time, since a larger VAE has no room for all."""
+        images: list[Tensor] = []
+        for start in range(0, len(labels), self._settings.batch_size):
+            part = labels[start : start + self._settings.batch_size]
+            latents = draw_samples(
+                model,
+                self._noise,
+                self._settings,
+                torch.from_numpy(part),
+                indices=range(start, start + len(part)),
+                device=self._vae.device,
+            )
+            images += [
+                to_images(self._vae.decode(each)) for each in normalization.denormalize(latents).split(PREVIEWED)
+            ]
+        return torch.cat(images).cpu().numpy()
 
 
-def draw_strip(run: Path, *, size: int, classes: int) -> None:
+def draw_strip(run: Path) -> None:
     """Publish previews.png: one image a class of every preview of a run or, of many, of some at equal distances."""
-    files = sorted(file for file in (run / "previews").glob("*.png") if file.stem.isdecimal())  # not of somebody else
+    files = sorted(file for file in (run / "previews" / _ROWS).glob("*.png") if file.stem.isdecimal())
     last = len(files) - 1
-    rows = min(len(files), _STRIP_ROWS)
-    sheets, captions = [], []
-    for file in (files[round(i * last / max(rows - 1, 1))] for i in range(rows)):
+    shown = min(len(files), _STRIP_ROWS)
+    rows, captions = [], []
+    for file in (files[round(i * last / max(shown - 1, 1))] for i in range(shown)):
         try:
-            sheets.append(Image.open(file).convert("RGB"))
+            rows.append(Image.open(file).convert("RGB"))
         except (OSError, SyntaxError) as error:  # of a picture that is damaged, for which no run has to end
             print(f"train: passed over {file}: {error}", flush=True)
         else:
             captions.append(f"{int(file.stem):,}")
-    if not sheets:
-        return
-    save_png(strip(sheets, captions, size=size, classes=classes), run / STRIP)
+    if rows:
+        save_png(strip(rows, captions), run / STRIP)

@@ -16,7 +16,7 @@ from pipeline.latents import Normalization
 from pipeline.optim import lr_at, lr_course
 from pipeline.training.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
 from pipeline.training.distributed import computer
-from pipeline.training.setup import normalization_of
+from pipeline.training.setup import ema_widths, normalization_of
 from pipeline.training.state import CacheIdentity
 from pipeline.unet import LatentUNet
 
@@ -114,11 +114,6 @@ def _learning_rate(images_seen: int, before: dict[str, Any], now: dict[str, Any]
             parts.append(f"stays so until {place:,}")
         rate = following
     return ", ".join(parts) + " images"
-
-
-def ema_widths(config: Config) -> tuple[float, ...]:
-    """The widths of the power-function averages; none where the average is exponential."""
-    return config.train.ema_widths if config.train.ema == "power" else ()
 
 
 def begin_with(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[Normalization, str]:

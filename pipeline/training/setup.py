@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from data.memory import host_memory
 from data.text import brief
 from pipeline.config import Config, heldout_path
 from pipeline.device import local_processes
+from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
 from pipeline.flops import fitting_rows, training_bytes
 from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
 from pipeline.seeds import coordinate_seed
-from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.checkpoint import EMA, Checkpoint
 from pipeline.training.heldout_loss import DRAWS, HeldOut, drawn_images
 from pipeline.unet import LatentUNet
 
@@ -55,6 +57,20 @@ def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint 
     if vae.latents_mean and vae.latents_std:
         return Normalization(vae.latents_mean, tuple(std / vae.scaling_factor for std in vae.latents_std))
     return Normalization((vae.shift_factor,) * channels, (1 / vae.scaling_factor,) * channels)
+
+
+def ema_widths(config: Config) -> tuple[float, ...]:
+    """The widths of the power-function averages; none where the average is exponential."""
+    return config.train.ema_widths if config.train.ema == "power" else ()
+
+
+def make_averages(model: LatentUNet, config: Config) -> dict[str, Average]:
+    """The averages of the weights that a run keeps, by the folder that a checkpoint has of each."""
+    gammas = [gamma_of(width) for width in ema_widths(config)]
+    weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
+        partial(halflife_weight, halflife=config.train.ema_halflife)
+    ]
+    return {name: Average(model, weight) for name, weight in zip(EMA, weights, strict=False)}
 
 
 def with_batch_size(

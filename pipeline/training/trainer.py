@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Callable
 from concurrent.futures import wait
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,15 +16,12 @@ from torch import Tensor
 from data.cache.reader import LatentCache
 from data.storage import sweep
 from data.text import printable
-from pipeline.compatibility import usable_guidance
 from pipeline.config import Config
-from pipeline.ema import Average, gamma_of, halflife_weight, power_weight
 from pipeline.flops import Cost
 from pipeline.latents import Draws, draw_latents
-from pipeline.loss import Objective
+from pipeline.loss import MicroBatch, Objective
 from pipeline.noise import NoiseProcess
 from pipeline.optim import FiniteGuard, clip_gradients, lr_at, make_optimizers, set_lr
-from pipeline.pictures import contact_sheet, save_png
 from pipeline.seeds import coordinate_seed
 from pipeline.training.checkpoint import (
     AVERAGES,
@@ -42,19 +38,13 @@ from pipeline.training.checkpoint import (
 from pipeline.training.distributed import Preemption, computer, describe, in_background
 from pipeline.training.metrics import Window, begin_log, log_line, log_measured, optional
 from pipeline.training.plots import draw_curves
-from pipeline.training.previews import PER_CLASS, PREVIEWED, averaged_model, draw_images, draw_strip
-from pipeline.training.resume import (
-    begin_with,
-    changes_since,
-    ema_widths,
-    settings_of,
-)
+from pipeline.training.previews import Previews, gathered, preview_file
+from pipeline.training.resume import begin_with, changes_since, settings_of
 from pipeline.training.run_folder import begin_run_folder
-from pipeline.training.setup import build_model, normalization_of, open_heldout, open_loader
+from pipeline.training.setup import build_model, ema_widths, make_averages, normalization_of, open_loader
 from pipeline.training.state import CacheIdentity, RunState
 from pipeline.training.tracker import Tracker
 from pipeline.unet import LatentUNet
-from pipeline.vae import FrozenVae
 
 _GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
 
@@ -63,11 +53,6 @@ def due(before: int, images_seen: int, every: int, images: int) -> bool:
     """Whether the step from `before` to `images_seen` passed a multiple of `every`, or ended a run of `images`; not if
     `every` is 0."""
     return every > 0 and (before // every != images_seen // every or images_seen >= images)
-
-
-def preview_file(run: Path, images_seen: int) -> Path:
-    """The picture of samples of that time."""
-    return run / "previews" / f"{images_seen:09d}.png"
 
 
 def preview_missing(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
@@ -84,48 +69,65 @@ class Trainer:
     """The state of a run and its loop. One clock, images seen, drives all that happens."""
 
     def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
+        """A run of `config` in the folder `run`, as it begins or as it goes on from `checkpoint`."""
+        settings = config.train
+        assert settings.batch_size != "auto"
         self.config, self.run, self.accelerator = config, run, accelerator
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.sharded = accelerator.distributed_type == "FSDP"
-        if self.sharded and config.train.optimizer == "muon":
-            raise ValueError("train.optimizer = muon: it needs whole matrices, which FSDP deals out: use adamw")
-        assert config.train.batch_size != "auto"
-        self.batch_size: int = config.train.batch_size
+        if self.sharded and settings.optimizer == "muon":
+            raise ValueError("train.optimizer = muon: it needs whole matrices, which FSDP shards: use adamw")
+        self.batch_size: int = settings.batch_size
+        self.step, self.preview_missing = 0, False
+
+        # the latents, whose hashes are compared in the background
         cache = LatentCache(config.cache.path)
         self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
-        self.manifest = cache.manifest
-        self.class_counts = cache.class_counts()
+        self.manifest, self.class_counts = cache.manifest, cache.class_counts()
         labelled = int(self.class_counts.sum()) / len(cache)
-        self.without_class = 1 - (1 - config.train.label_dropout) * labelled  # the share of images trained so
-        self.guidance, line = usable_guidance(
-            config.sample.guidance, without_class=self.without_class, classes=len(self.manifest.classes)
-        )
-        if line:
-            accelerator.print(f"train: previews: {line}")
+        self.without_class = 1 - (1 - settings.label_dropout) * labelled  # the share of images trained so
         self.noise = NoiseProcess(**config.noise.model_dump())
-        if self.main:  # which alone draws previews and measures held-out images
-            self.vae = FrozenVae(config.vae.source, self.device)
-            self.vae.check(self.manifest.vae, config.cache.path)
-            self.heldout = open_heldout(config, self.manifest, self.noise)
-            self.score = None
-            if config.train.eval_every:
-                from pipeline.training.quick_score import QuickScore  # which nobody else has to wait for
-
-                self.score = QuickScore(config, np.flatnonzero(self.class_counts), self.device)
         self.normalization = normalization_of(config, self.manifest, checkpoint)
+        self.previews = None
+        if self.main:
+            self.previews = Previews(
+                config,
+                run,
+                self.manifest,
+                class_counts=self.class_counts,
+                without_class=self.without_class,
+                noise=self.noise,
+                device=self.device,
+            )
         self.loader = open_loader(config, cache, accelerator, checkpoint)
+
+        # the model and its loss
         model = build_model(config, self.manifest)
         self.window = Window(accelerator, Cost.of(model).flops)
         accelerator.print(
             f"train: {model.num_parameters() / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image;"
             f" batches of {self.batch_size} on {describe(accelerator)}"
         )
-        if config.train.init and not checkpoint:
+        if settings.init and not checkpoint:
             self.normalization, line = begin_with(model, config, self.manifest)
             accelerator.print(f"train: {line}")
-        self._prepare(model)
-        self.guard = FiniteGuard(self.device, deferred=self._can_defer())
-        self.step, self.preview_missing = 0, False
+        self.objective = Objective(model, self.noise, settings.weighting, settings.direction, settings.contrastive)
+        layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot shard the latter
+        self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+
+        # what moves its weights, and their averages
+        self.optimizers = make_optimizers(
+            self.objective,
+            kind=settings.optimizer,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        if settings.compile:
+            model.compile()
+        self.prepared, *self.prepared_optimizers = accelerator.prepare(self.objective, *self.optimizers)
+        self.guard = FiniteGuard(self.device, deferred=self.can_defer())
+        self.averages = make_averages(self.model, config)
         if checkpoint:
             self._resume(checkpoint)
             self.preview_missing = preview_missing(run, checkpoint, config, accelerator)
@@ -138,66 +140,54 @@ class Trainer:
     def model(self) -> LatentUNet:
         return self.objective.model
 
-    def run_to_the_end(self) -> None:
-        """The training loop."""
+    def run_to_the_end(self, on_step: Callable[[Trainer], None] | None = None) -> None:
+        """The training loop; `on_step` is called at the end of every step.
+
+        SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
+        """
         settings = self.config.train
+        self._begin_folder()
+        self.prepared.train()
+        tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
+        with Preemption(self.accelerator) as preemption, tracker:
+            if self.preview_missing:  # of the checkpoint that the run goes on from
+                with self.window.paused():
+                    self._preview(tracker, preview=True, score=self._due(settings.eval_every))
+            self.window.restart_clock()
+            while self.images_seen < settings.images:
+                # one optimizer step, which no value is asked of
+                self._check_cache(wait=False)
+                self.train_step()
+                # a line of the log
+                if self._due(settings.log_every):
+                    self._log(tracker)
+                # a checkpoint, and after it, which is worth more, samples of the averaged weights
+                saving, previewing, scoring = map(
+                    self._due, (settings.checkpoint_every, settings.preview_every, settings.eval_every)
+                )
+                with self.window.paused() if saving or previewing or scoring else contextlib.nullcontext():
+                    if saving:
+                        self._save(scheduled=True)
+                    if previewing or scoring:
+                        self._preview(tracker, preview=previewing, score=scoring)
+                if on_step:
+                    on_step(self)
+                # whether some process was told to end
+                if (number := preemption.agreed()) and self.images_seen < settings.images:
+                    self._leave(number, saved=saving)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
+
+    def _begin_folder(self) -> None:
+        """Set aside or drop what an earlier attempt left in the folder of the run behind the place where it goes on."""
         if self.main:
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
             begin_run_folder(self.run, self.config, anew=not self.step)
             logged = (self.step - self.window.steps) * self.batch_size
             begin_log(self.run, self.images_seen, logged, again=self.preview_missing)
-        self.prepared.train()
-        tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
-        with Preemption(self.accelerator) as preemption, tracker:
-            if self.preview_missing:
-                with self.window.paused():
-                    score = self._due(self.images_seen - self.batch_size, settings.eval_every)
-                    self._look(tracker, preview=True, score=score)
-            self.window.restart_clock()
-            while self.images_seen < settings.images:
-                self._check_cache(wait=False)
-                before = self.images_seen
-                self._update()
-                if self._due(before, settings.log_every):
-                    self._log(tracker)
-                previewing, scoring, saving = (
-                    self._due(before, n)
-                    for n in (settings.preview_every, settings.eval_every, settings.checkpoint_every)
-                )
-                with self.window.paused() if previewing or scoring or saving else contextlib.nullcontext():
-                    if saving:
-                        self._save(scheduled=True)
-                    if previewing or scoring:
-                        self._look(tracker, preview=previewing, score=scoring)
-                if (number := preemption.agreed()) and self.images_seen < settings.images:
-                    self._leave(number, saved=saving)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
 
-    def _prepare(self, model: LatentUNet) -> None:
-        """Optimizers, averages, and what Accelerate makes of them for this number of processes."""
-        settings = self.config.train
-        self.objective = Objective(model, self.noise, settings.weighting, settings.direction, settings.contrastive)
-        layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot deal out the latter
-        self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.optimizers = make_optimizers(
-            self.objective,
-            kind=settings.optimizer,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        if settings.compile:
-            model.compile()
-        self.prepared, *self.prepared_optimizers = self.accelerator.prepare(self.objective, *self.optimizers)
-        gammas = [gamma_of(width) for width in ema_widths(self.config)]
-        weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
-            partial(halflife_weight, halflife=settings.ema_halflife)
-        ]
-        self.averages = {name: Average(self.model, weight) for name, weight in zip(EMA, weights, strict=False)}
-
-    def _can_defer(self) -> bool:
+    def can_defer(self) -> bool:
         """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and
         tensors dealt out by FSDP know nothing of it."""
         return self.device.type == "cuda" and not self.sharded
@@ -214,8 +204,8 @@ class Trainer:
         for line in changes_since(checkpoint, self.config.train, self.loader.access, accelerator):
             accelerator.print(f"train: {line}")
 
-    def _update(self) -> None:
-        """One optimizer step."""
+    def train_step(self) -> None:
+        """One optimizer step: forward, backward, clip, update, average."""
         settings = self.config.train
         lr = lr_at(
             self.images_seen,
@@ -226,8 +216,8 @@ class Trainer:
             decay=settings.decay,
         )
         set_lr(self.optimizers, lr)
-        parts = self._parts(self.step)
-        loss, errors = self._backward(parts)
+        batches = self._micro_batches(self.step)
+        loss, errors = self._backward(batches)
         norm = self._clip(settings.grad_clip)
         if (bad := self._bad_step(loss, norm)) is not None:
             self._stop_at(bad)
@@ -238,18 +228,18 @@ class Trainer:
         for average in self.averages.values():
             average.update(images_seen=self.images_seen, batch_size=self.batch_size)
         norm = norm.nan_to_num(nan=0.0, posinf=0.0)  # of a step that fp16's scaler skipped
-        self.window.add(loss, norm, errors, torch.cat([part[2] for part in parts]))
+        self.window.add(loss, norm, errors, torch.cat([batch.times for batch in batches]))
 
-    def _backward(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of a batch in `parts`; its mean loss, and the error of each image."""
+    def _backward(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradients of micro-batches; their mean loss, and the error of each image."""
         accelerator = self.accelerator
         self._seed_dropout(self.step)
         losses, errors = [], []
-        for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared):
+        for number, batch in enumerate(batches, 1):
+            with contextlib.nullcontext() if number == len(batches) else accelerator.no_sync(self.prepared):
                 with accelerator.autocast():
-                    loss, error = self.prepared(*part)
-                accelerator.backward(loss / len(parts))
+                    loss, error = self.prepared(*batch)
+                accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
             errors.append(error)
         return torch.stack(losses).mean(), torch.cat(errors)
@@ -268,8 +258,8 @@ class Trainer:
         self.accelerator.unscale_gradients()
         return clip_gradients(self.optimizers, limit, in_step=not self.accelerator.scaler)
 
-    def _parts(self, step: int) -> list[tuple[Tensor, ...]]:
-        """Latents, noise, timesteps and classes of this process at `step`, in `train.accumulate` parts."""
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """What this process trains on at `step`, in `train.accumulate` micro-batches."""
         settings = self.config.train
         with self.window.waiting():
             batch = self.loader.batch(step)
@@ -285,7 +275,8 @@ class Trainer:
         latents = self.normalization.normalize(draw_latents(batch.moments, draws, self.manifest.latent_channels))
         classes = torch.where(draws.dropped | (batch.labels < 0), self.model.null_class, batch.labels)
         columns = (latents, draws.noise, draws.times, classes)
-        return list(zip(*(column.chunk(settings.accumulate) for column in columns), strict=True))
+        chunks = (column.chunk(settings.accumulate) for column in columns)
+        return [MicroBatch(*parts) for parts in zip(*chunks, strict=True)]
 
     def _seed_dropout(self, step: int) -> None:
         if self.config.model.dropout:  # the only draw that cannot be handed a generator
@@ -297,7 +288,7 @@ class Trainer:
         all randomness is a function of the step, so it can be computed again."""
         self._seed_dropout(step)
         with torch.no_grad(), self.accelerator.autocast():
-            errors = torch.cat([self.prepared(*part)[1] for part in self._parts(step)])
+            errors = torch.cat([self.prepared(*batch)[1] for batch in self._micro_batches(step)])
         bad = self.loader.indices(step)[~errors.isfinite().cpu().numpy()]
         cache = self.loader.cache
         keys = cache.keys() if len(bad) else []
@@ -320,8 +311,9 @@ class Trainer:
                 f"train: up to step {self.step}: gradients overflow at every scale: use train.precision=bf16"
             )
 
-    def _due(self, before: int, every: int) -> bool:
-        return due(before, self.images_seen, every, self.config.train.images)
+    def _due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` images, or ended the run."""
+        return due(self.images_seen - self.batch_size, self.images_seen, every, self.config.train.images)
 
     def _log(self, tracker: Tracker) -> None:
         self._check_finite()
@@ -394,36 +386,18 @@ class Trainer:
             self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
         raise SystemExit(128 + number)
 
-    def _look(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
+    def _preview(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
         """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves."""
         self._check_finite()
-        model = averaged_model(self.averages[EMA[0]], self.config, self.manifest, self.accelerator)
-        if not model:
+        weights = gathered(self.averages[EMA[0]], self.accelerator)  # all processes take part
+        if not self.previews:
             return
-        draw = partial(
-            draw_images,
-            model,
-            noise=self.noise,
-            normalization=self.normalization,
-            vae=self.vae,
-            settings=self.config.sample.model_copy(update={"guidance": self.guidance}),
-        )
-        measured: dict[str, Any] = {}
-        with optional("held-out loss and score"):
-            if preview and self.heldout:
-                measured |= self.heldout.measure(model, self.normalization)
-            if score and self.score:
-                measured |= self.score.measure(draw(self.score.labels, decoded=PREVIEWED))
+        measured = self.previews.measure(weights, self.normalization, heldout=preview, score=score)
         if measured:
             values = {"step": self.step, "images_seen": self.images_seen, **measured}
             log_measured(self.run, values, self.config.train.images)
             tracker.log(values)
         if preview:
-            with optional("preview"):
-                shown = np.flatnonzero(self.class_counts)[:PREVIEWED]  # of others nothing is learnt
-                labels = np.tile(shown, PER_CLASS)
-                sheet = contact_sheet(draw(labels, decoded=len(shown)), labels.tolist(), self.manifest.classes)
-                save_png(sheet, preview_file(self.run, self.images_seen))
-                draw_strip(self.run, size=self.manifest.image_size, classes=len(shown))
+            self.previews.publish(weights, self.normalization, self.images_seen)
         with optional("curves.png"):
             draw_curves(self.run)
