@@ -83,8 +83,7 @@ class LatentLoader:
         sharing: int = 1,
         reserved: int = 0,
     ) -> None:
-        if batch_size % world_size:
-            raise ValueError(f"train.batch_size = {batch_size} is no multiple of the {world_size} processes")
+        assert batch_size % world_size == 0
         self.cache, self.seed, self.batch_size, self.device = cache, seed, batch_size, device
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.labels = torch.from_numpy(cache.labels).to(device)

@@ -39,6 +39,14 @@ def human_bytes(count: int) -> str:
     return f"{count} byte{'' if count == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """A time for people: `12 s`, `7 min`, `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def brief(value: object) -> str:
     """A value for a line of an error: a list may have a thousand entries, and a few aliases in YAML gigabytes."""
     return _BRIEF.repr(value)

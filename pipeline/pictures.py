@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unicodedata import category, normalize
 
 import numpy as np
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from data.storage import publish
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _GAP = 2
 _MIN_TILE = 64  # smaller images are shown enlarged by a whole factor
@@ -205,6 +209,13 @@ def _say_missing(characters: tuple[str, ...]) -> None:
 def _tile(size: int) -> int:
     """The width at which an image of `size` is shown."""
     return size * max(1, -(-_MIN_TILE // size))
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
+    """Publish a figure of matplotlib as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    publish(path, buffer.getvalue())
 
 
 def save_png(image: Image.Image, path: Path) -> None:

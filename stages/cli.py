@@ -80,14 +80,11 @@ _cache_option = click.option("--cache", type=LocalPath(), help="A cache other th
 @click.option("--job", metavar="I/N", help="Write the I-th of N shares alone, such as 3/16: one job of a SLURM array.")
 @click.option("--extend", is_flag=True, help="Add the images that are new in the data set.")
 @click.option("--retry-failed", is_flag=True, help="Read those images again that could not be read.")
-@click.option("--max-failures", type=click.IntRange(min=0), help="Short for --set cache.max_failures=N.")
 @_stage
-def encode(config: Any, run: Path, job: str | None, max_failures: int | None, **kwargs: bool) -> None:
+def encode(config: Any, run: Path, job: str | None, **kwargs: bool) -> None:
     """Run the VAE's encoder over the images once and write the latent cache."""
     from stages.encode import encode, parse_job
 
-    if max_failures is not None:
-        config = config.model_copy(update={"cache": config.cache.model_copy(update={"max_failures": max_failures})})
     encode(config, parse_job(job), **kwargs)
 
 

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.cache.formats import FORMATS
 from data.cache.manifest import MANIFEST, Failure, Manifest, Plan
-from data.cache.reader import FAILURES, FORMATS, LatentCache
+from data.cache.reader import FAILURES, LatentCache
 from data.cache.records import check_plan, recorded_failures
 from data.cache.writer import CacheWriter, DamagedShardsError, Job
 from data.memory import host_memory
 from data.sources.base import Batch, NoImagesError, Source
 from data.sources.decode import PREPROCESSING
 from data.storage import free_bytes, probe
-from data.text import counted, human_bytes, printable
+from data.text import counted, duration, human_bytes, printable
 from pipeline.config import Config, parts_of
 from pipeline.datasets import open_config_sources
 from pipeline.device import pick_device, process_count
@@ -217,7 +218,7 @@ def _encode_shards(
             started = time.monotonic()
         elif number == ESTIMATE_AFTER:
             left = (len(work) - number) * (time.monotonic() - started) / number
-            tqdm.write(f"encode: about {_duration(left)} left")
+            tqdm.write(f"encode: about {duration(left)} left")
         if number + 1 == len(work) or work[number + 1].shard != part.shard:
             yield part.shard, np.concatenate(moments), failures, digests
             moments, failures, digests = [], {}, {}
@@ -282,7 +283,7 @@ def _check_failures(failed: list[Failure], writer: CacheWriter, config: Config) 
         raise ValueError(
             f"{counted(len(failed), 'image')} could not be read, more than cache.max_failures = {limit}: the first is"
             f" {failed[0].key}: {failed[0].reason}; all are listed in {writer.path / FAILURES}. What was encoded stays:"
-            " mend them and give --retry-failed, or raise --max-failures"
+            " mend them and give --retry-failed, or raise cache.max_failures"
         )
 
 
@@ -297,10 +298,6 @@ def _report(manifest: Manifest, path: Path, failed: list[Failure], rate: float) 
     if failed:
         print(f"encode: {counted(manifest.failed, 'image')} could not be read, listed in {path / FAILURES}; the first:")
         print(f"encode: {failed[0].key}: {failed[0].reason}")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 def parse_job(text: str | None) -> Job:

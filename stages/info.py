@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from data.cache.manifest import Manifest
 from data.cache.reader import FAILURES, LatentCache
 from data.cache.records import progress
 from data.sources.base import NoImagesError, Source
-from data.storage import publish
 from data.text import counted, human_bytes
 from pipeline.config import Config
 from pipeline.datasets import source_of
 from pipeline.device import pick_device
-from pipeline.pictures import pairs_sheet, save_png
+from pipeline.pictures import pairs_sheet, save_figure, save_png
 from pipeline.vae import FrozenVae, to_images
 
 PAIRS = 24  # images shown beside what the VAE keeps of them
@@ -140,6 +138,4 @@ def _save_histogram(latents: LatentCache, file: Path) -> None:
     figure.suptitle(
         f"latents of {counted(len(chosen), 'image')}; line: the Gaussian they are normalised by", fontsize=10
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    publish(file, buffer.getvalue())
+    save_figure(figure, file, dpi=110)

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 import data.storage
+from data.cache.formats import FORMATS
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Plan
-from data.cache.reader import FORMATS, LatentCache
+from data.cache.reader import LatentCache
 from data.cache.records import existing_plan, progress, recorded, recorded_failures
 from data.cache.writer import CacheWriter
 from tests.test_writer import forked

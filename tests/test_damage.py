@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.cache.formats import FORMATS
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Manifest, Plan
-from data.cache.reader import FAILURES, FORMATS, ROWS, LatentCache
+from data.cache.reader import FAILURES, ROWS, LatentCache
 from data.storage import sha256_file
 from tests.test_cache import EVERY, Moments, changed, files, write
 

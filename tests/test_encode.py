@@ -262,8 +262,8 @@ def test_too_many_failures_stop_the_encode_and_a_retry_ends_as_if_nothing_had_be
     broken = {key: (config.parent / "images" / key).read_bytes() for key in ("cat/01.png", "cat/02.png", "dog/39.png")}
     stamps = {key: (config.parent / "images" / key).stat() for key in broken}
     break_images(config, *broken)
-    result = run_stage("encode", config, config.parent, more=("--max-failures", "1"))
-    refuse(result, "2 images", "--max-failures", "cat/01.png", FAILURES)
+    result = run_stage("encode", config, config.parent, "cache.max_failures=1")
+    refuse(result, "2 images", "cache.max_failures", "cat/01.png", FAILURES)
     committed, failed, pending = progress(config.parent / "cache")
     assert (committed + failed + pending, failed) == (COUNT, 2)
     listed = [json.loads(line)["key"] for line in (config.parent / "cache" / FAILURES).read_text().splitlines()]

@@ -172,11 +172,6 @@ def test_a_small_set_is_streamed_at_once(cache: LatentCache, monkeypatch: pytest
     assert 0 < sum(asked) <= 2 * batches.size
 
 
-def test_a_batch_that_processes_cannot_share_equally_is_refused(cache: LatentCache) -> None:
-    with pytest.raises(ValueError, match=r"train\.batch_size = 10 .* 4 processes"):
-        make_loader(cache, batch_size=10, world_size=4)
-
-
 @pytest.mark.parametrize("access", WAYS)
 def test_a_batch_holds_what_the_cache_holds(cache: LatentCache, moments: NDArray[np.float32], access: str) -> None:
     batches = make_loader(cache, access=access)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.cache.reader import LatentCache
 from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.distributed import _check_fsdp, connect
+from pipeline.training.setup import open_loader
 from pipeline.training.trainer import Trainer
 from stages.train import train
 from tests.small_world import World, log_of, run_stage, state_of, succeed, tree, weights_of
@@ -148,6 +151,12 @@ def test_a_batch_that_cannot_be_shared_is_refused(world: World, tmp_path: Path) 
     result = run_stage("train", world.config, tmp_path, "train.batch_size=6", "train.accumulate=4")
     assert result.exit_code == 2
     assert "accumulate = 4 does not divide batch_size = 6" in result.stderr
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused(world: World) -> None:
+    config, four = load_config(world.config, ["train.batch_size=10"]), SimpleNamespace(num_processes=4)
+    with pytest.raises(ValueError, match=r"train\.batch_size = 10 .* 4 processes .* batch_size=12 is the next one"):
+        open_loader(config, LatentCache(world.cache), four, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

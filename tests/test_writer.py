@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data.cache.formats import FORMATS
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Draft, Manifest, Plan
-from data.cache.reader import FAILURES, FORMATS, LatentCache
+from data.cache.reader import FAILURES, LatentCache
 from data.cache.records import progress, recorded, recorded_failures
 from data.cache.writer import CacheWriter, DamagedShardsError, Job
 from data.storage import probe

@@ -18,11 +18,13 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, lt=2**63)]  # of what numpy counts
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is kept as JSON: nothing unknown, nothing changed, no NaN."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class VaeIdentity(_Record):
+class VaeIdentity(Record):
     """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values.
 
     `latents_mean` and `latents_std`, one a latent channel, are those of its config, where that has them.
@@ -39,7 +41,7 @@ class VaeIdentity(_Record):
     latents_std: tuple[float, ...] | None = None
 
 
-class Plan(_Record):
+class Plan(Record):
     """All that is known before the first latent is written. Two encodes with one plan write the same bytes."""
 
     format_version: Literal[1] = 1
@@ -84,7 +86,7 @@ class Plan(_Record):
         return range(start, min(start + self.shard_rows, self.rows))
 
 
-class Failure(_Record):
+class Failure(Record):
     """An image that has no latents, and why."""
 
     row: NonNegativeInt
@@ -92,7 +94,7 @@ class Failure(_Record):
     reason: str
 
 
-class File(_Record):
+class File(Record):
     """A file of the cache, by its name in the cache's folder."""
 
     file: str
@@ -135,7 +137,7 @@ class Shard(File):
     squares: tuple[float, ...]  # sum of mean^2 + std^2: the second moment of latents drawn from the posterior
 
 
-class ShardRecord(_Record):
+class ShardRecord(Record):
     """What the writer keeps of a finished shard until the manifest is assembled."""
 
     shard: Shard
@@ -143,7 +145,7 @@ class ShardRecord(_Record):
     digests: tuple[str, ...]  # a row: of its image file's bytes; empty where it failed, or there is no file
 
 
-class KeptShard(_Record):
+class KeptShard(Record):
     """What stays of a shard that is written anew: its `rows`, from their `places` in `file`, and its `failures`."""
 
     file: File

@@ -9,19 +9,17 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.cache import webdataset_format, zarr_format
+from data.cache.formats import FORMATS
 from data.cache.manifest import FAILED, Draft, File, Manifest, Shard
 from data.sources.base import NO_CLASS
 from data.storage import read
 
 _REMEDY = "`latentmill verify --repair` writes it anew; samples are drawn again where their folder was deleted"
-FORMATS: dict[str, ModuleType] = {"zarr": zarr_format, "webdataset": webdataset_format}
 SHARD_ROWS = 1024  # rows a file, but for very large caches
 _MOST_SHARDS = 2**14  # all are mapped into memory, often of two caches, and Linux allows a process 65,530 mappings
 ROWS = "rows.jsonl"  # which image each row came from

@@ -12,7 +12,7 @@ from data.cache.mapping import Layout
 
 FOLDER = "shards"
 LABELS = "labels.npy"
-OTHER_FILES = (LABELS,)
+OTHER_FILES: tuple[str, ...] = (LABELS,)
 KEEPS_FAILED = False  # a webdataset has no empty places
 _BLOCK = 512  # tar pads every header and every member to it
 _NPY_HEADER = 128

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.cache.formats import FORMATS
 from data.cache.listing import Rows, listing_of
 from data.cache.manifest import (
     FAILED,
@@ -29,7 +30,7 @@ from data.cache.manifest import (
     ShardRecord,
     parse,
 )
-from data.cache.reader import DIGESTS, FAILURES, FORMATS, ROWS
+from data.cache.reader import DIGESTS, FAILURES, ROWS
 from data.cache.records import ANEW, PLAN, RECORDS, check_plan, existing_plan, recorded, recorded_failures
 from data.locks import claim, holder
 from data.storage import publish, publish_checked, read, remove, sha256_file

@@ -18,7 +18,12 @@ CHUNK_ROWS = 16  # rows under one checksum
 KEEPS_FAILED = True  # a row that failed has its place, which is NaN
 FOLDER = "latents.zarr"
 LABELS = f"{FOLDER}/label/c/0"
-OTHER_FILES = (LABELS, f"{FOLDER}/label/zarr.json", f"{FOLDER}/moments/zarr.json", f"{FOLDER}/zarr.json")
+OTHER_FILES: tuple[str, ...] = (
+    LABELS,
+    f"{FOLDER}/label/zarr.json",
+    f"{FOLDER}/moments/zarr.json",
+    f"{FOLDER}/zarr.json",
+)
 
 
 def layout(plan: Plan) -> Layout:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.storage import append_line, parse_json, publish, read, set_aside
-from data.text import printable
+from data.text import duration, printable
 from pipeline.flops import peak_flops
 from pipeline.noise import LEVELS, noise_level
 from pipeline.training.state import WindowState
@@ -189,7 +189,7 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
         + (f", {values['flop_share']:.0%} of the GPU's peak" if "flop_share" in values else "")
         + (f", {values['data_wait']:.0%} waiting for data" if values["data_wait"] >= 0.005 else "")
         + (f", other work takes {1 - core_share:.0%} of its cores" if shared else "")
-        + (f"   {_duration(left)} left" if left else ""),
+        + (f"   {duration(left)} left" if left else ""),
         flush=True,
     )
 
@@ -211,13 +211,6 @@ def score_of(values: dict[str, Any]) -> str | None:
 
 def _place(seen: int, images: int) -> str:
     return f"train: {seen:>{len(f'{images:,}')},} of {images:,} images"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def peak_memory(device: torch.device) -> int:

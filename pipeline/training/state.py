@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from data.cache.manifest import Manifest, VaeIdentity
+from data.cache.manifest import Manifest, Record, VaeIdentity
 from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CacheIdentity(_Record):
+class CacheIdentity(Record):
     """What a run must find again in its cache: fields of the manifest, and `sha256` of all of it."""
 
     rows: PositiveInt
@@ -33,14 +29,14 @@ class CacheIdentity(_Record):
         return cls(**manifest.model_dump(include=fields), sha256=manifest.sha256())
 
 
-class WindowState(_Record):
+class WindowState(Record):
     """The sums of every process since the last log line (`pipeline.training.metrics.Window`)."""
 
     steps: NonNegativeInt
     sums: list[list[float]]
 
 
-class RunState(_Record):
+class RunState(Record):
     """All that a run knows besides tensors. `train` are the settings that weights depend on, `computer` what bits may
     depend on: both are compared with those of a run that goes on, key by key."""
 
@@ -59,4 +55,4 @@ class RunState(_Record):
     computer: dict[str, str | int]
     scaler: dict[str, Any] | None  # of the loss in fp16
     window: WindowState | None = None  # there where training can go on
-    sha256: dict[str, str] = {}  # of every file of the checkpoint, by its name
+    sha256: dict[str, str] = Field(default_factory=dict)  # of every file of the checkpoint, by its name
