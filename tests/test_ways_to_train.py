@@ -155,7 +155,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(world: World, tmp_path: Path) 
 
 def test_a_batch_that_processes_cannot_share_equally_is_refused(world: World) -> None:
     config, four = load_config(world.config, ["train.batch_size=10"]), SimpleNamespace(num_processes=4)
-    with pytest.raises(ValueError, match=r"train\.batch_size = 10 .* 4 processes .* batch_size=12 is the next one"):
+    with pytest.raises(ValueError, match=r"train\.batch_size = 10 .* 4 processes .*train\.batch_size=12 is the next one"):
         open_loader(config, LatentCache(world.cache), four, None)  # type: ignore[arg-type]
 
 
