@@ -16,10 +16,10 @@ from data.cache.listing import Rows
 from data.cache.manifest import Plan, VaeIdentity
 from data.cache.reader import LatentCache
 from data.cache.writer import CacheWriter
-from tests.pictures import PICTURES, SPREAD, write_folder
+from tests.helpers.pictures import PICTURES, SPREAD, write_folder
 
 if TYPE_CHECKING:
-    from tests.small_world import World
+    from tests.helpers.world import World
 
 # Before torch is imported, which this file leaves to the tests that need it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU a run can be repeated bit for bit
@@ -40,9 +40,9 @@ _costs: dict[str, Any] = {}  # of a step of each model that was counted already
 
 @pytest.fixture(autouse=True)
 def _runs_begin_and_end_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves and the FLOPs of a model take most of a run's time here; tests/test_watching.py sees both."""
+    """Curves and the FLOPs of a model take most of a run's time here; tests/pipeline/training/test_metrics.py sees both."""
     train = sys.modules.get("pipeline.training.trainer")  # not imported by tests that do without torch
-    if train and request.path.stem != "test_watching":
+    if train and request.path.stem != "test_metrics":
         count = train.Cost.of
 
         def counted_once(model: Any) -> Any:
@@ -58,7 +58,7 @@ def _runs_begin_and_end_quickly(request: pytest.FixtureRequest, monkeypatch: pyt
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A data set, a tiny VAE and the outcome of all four stages."""
-    from tests.small_world import build_world
+    from tests.helpers.world import build_world
 
     return build_world(tmp_path_factory.mktemp("world"))
 

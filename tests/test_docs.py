@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data.cache.reader import LatentCache
-
-ROOT = Path(__file__).parent.parent
+from tests.helpers.sources import ROOT
 
 
 def _block(page: str, containing: str) -> str:
@@ -50,6 +49,6 @@ def test_the_readme_lists_every_module_and_no_other() -> None:
 
 def test_every_promise_names_tests_that_there_are() -> None:
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs/promises.md").read_text(encoding="utf-8"))
-    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in tests] == []

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import graphlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FILES = {
-    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-    for package in ("data", "pipeline", "stages")
-    for file in sorted((ROOT / package).rglob("*.py"))
-}
+from tests.helpers.sources import FILES, ROOT, imports
+
 FLOORS = {  # what the modules of a package may import of ours: its own, and these
     "data": (),
     "data.cache": ("data.storage", "data.locks", "data.text", "data.sources.base"),
@@ -24,20 +18,6 @@ FLOORS = {  # what the modules of a package may import of ours: its own, and the
     "pipeline": ("data",),
     "stages": ("data", "pipeline"),
 }
-
-
-def imports(file: Path) -> set[str]:
-    """Full names of all that `file` imports, inside functions too: modules, where a name is one of ours."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import escapes this check"
-            assert node.module
-            full = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name if name in FILES else node.module for name in full}
-    return names
 
 
 OURS = {module: imports(file) & FILES.keys() - {module} for module, file in FILES.items()}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.sources import ROOT
 
 
 def started(*arguments: str) -> list[list[str]]:

@@ -1,0 +1,217 @@
+"""What sample draws, and that it says what is not as it was asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.cache.manifest import Manifest
+from data.cache.reader import LatentCache
+from pipeline.compatibility import usable_guidance
+from pipeline.config_file import load_config
+from pipeline.training.setup import build_model
+from stages.sample import choose_classes
+from tests.helpers.world import (
+    CLASSES,
+    IMAGE_SIZE,
+    World,
+    drawn,
+    make_images,
+    run_stage,
+    state_of,
+    succeed,
+    train_on,
+    tree,
+    weights_of,
+)
+
+NUMBERS = ["1", "2", "3", "010", "index:1"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected", "said"),
+    [
+        ("2", [1], "'2' is the class of that name; index:2 is the class '3'"),
+        ("3", [2], "'3' is the class of that name; index:3 is the class '010'"),
+        ("0", [0], ""),
+        ("4", [4], ""),
+        ("010", [3], ""),
+        ("index:2", [2], ""),
+        ("index:1", [4], "'index:1' is the class of that name; index:1 is the class '2'"),
+    ],
+)
+def test_a_name_wins_over_an_index_and_says_so(
+    wanted: str, expected: list[int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose_classes((wanted,), NUMBERS, [1] * 5) == expected
+    assert capsys.readouterr().out == (f"sample: {said}\n" if said else "")
+
+
+@pytest.mark.parametrize("wanted", ["5", "-1", "01", "1.0", "10", "index:5", "index:-1", "index:01", "", "index:"])
+def test_what_is_no_name_and_no_index_is_refused(wanted: str) -> None:
+    with pytest.raises(ValueError, match=r"^sample\.classes: no class .*: choose from .*'1', .* indices 0 to 4$"):
+        choose_classes((wanted,), NUMBERS, [1] * 5)
+
+
+def test_of_a_thousand_classes_the_nearest_are_suggested() -> None:
+    names = [f"class {i}" for i in range(999)] + ["goldfish"]
+    with pytest.raises(ValueError, match="'goldfihs': choose from 'goldfish', ") as caught:
+        choose_classes(("goldfihs",), names, [1] * 1000)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_name_is_found_in_either_form_of_unicode_and_drawn_once() -> None:
+    assert choose_classes(("caf\u00e9", "0"), ["dog", "cafe\u0301"], [1, 1]) == [1, 0]
+    assert choose_classes(("cafe\u0301", "caf\u00e9"), ["caf\u00e9", "cafe\u0301"], [1, 1]) == [1, 0]
+    assert choose_classes(("dog", "0", "dog"), ["dog", "cat"], [1, 1]) == [0]
+
+
+def test_classes_without_images_are_left_out_aloud_and_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_classes((), ["a", "b", "c", "d"], [2, 0, 1, 0]) == [0, 2]
+    assert "2 of 4 classes have no images and are left out, the first of them 'b'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^sample\.classes: 'd' had no images in training"):
+        choose_classes(("a", "3"), ["a", "b", "c", "d"], [2, 0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "label_dropout", "classes", "usable"),
+    [
+        *((asked, 0.1, 2, asked) for asked in (0, 0.5, 1, 2)),
+        *((asked, 0.0, 2, 1) for asked in (0.5, 1, 2)),
+        *((asked, 1.0, 2, 0) for asked in (0, 1, 2)),
+        *((asked, dropout, 1, 1) for asked in (0, 1, 2) for dropout in (0, 0.1)),
+        (2, 1.0, 1, 0),
+    ],
+)
+def test_guidance_is_that_of_what_was_trained(asked: float, label_dropout: float, classes: int, usable: float) -> None:
+    guidance, why = usable_guidance(asked, without_class=label_dropout, classes=classes)
+    assert guidance == usable
+    assert why.startswith(f"sample.guidance = {usable}, not {asked:g}: ") if usable != asked else not why
+
+
+def test_without_a_null_class_guidance_is_one_and_every_place_says_so(world: World, tmp_path: Path) -> None:
+    untrained = "the null class, which it takes, was never trained (train.label_dropout=0)"
+    more = ("train.label_dropout=0", "train.images=8")
+    printed = succeed("train", world.config, tmp_path, *more, "train.preview_every=4")
+    assert printed.count(f"train: previews: sample.guidance = 1, not 2: {untrained}") == 1
+    assert f"sample.guidance = 1, not 2: {untrained}" in succeed("sample", world.config, tmp_path)
+    folder = drawn(tmp_path).path
+    assert "-guidance1-" in folder.name
+    assert json.loads((folder / "samples.json").read_text(encoding="utf-8"))["sample"]["guidance"] == 1
+    before = tree(tmp_path)
+    assert succeed("sample", world.config, tmp_path, "sample.guidance=1").startswith("sample: all done")
+    assert "all done" in succeed("decode", world.config, tmp_path, "sample.guidance=3")
+    assert tree(tmp_path) == before
+    preview = tmp_path / "previews" / "000000008.png"
+    drawn_before = preview.read_bytes()
+    preview.unlink()
+    succeed("train", world.config, tmp_path / "again", *more, "sample.guidance=1")
+    assert (tmp_path / "again" / "previews" / "000000008.png").read_bytes() == drawn_before
+    for stage, run in (("sample", tmp_path), ("train", tmp_path / "new")):
+        result = run_stage(stage, world.config, run, *more, "sample.guidance=0")
+        assert result.exit_code == 2
+        assert "sample.guidance = 0: the null class" in result.stderr
+
+
+def test_without_trained_classes_the_unconditional_model_is_drawn(world: World, tmp_path: Path) -> None:
+    succeed("train", world.config, tmp_path, "train.label_dropout=1", "train.images=8")
+    printed = succeed("sample", world.config, tmp_path)
+    assert "sample.guidance = 0, not 2: no class was ever trained (train.label_dropout=1)" in printed
+    assert "-guidance0-" in drawn(tmp_path).path.name
+
+
+def test_one_class_has_nothing_to_be_guided_from(world: World, tmp_path: Path) -> None:
+    given = train_on(world, tmp_path, ("cat",))
+    assert "sample.guidance = 1, not 2: there is one class" in succeed("sample", world.config, tmp_path / "run", *given)
+    assert drawn(tmp_path / "run").labels.tolist() == [0] * 3
+
+
+def test_a_class_all_of_whose_images_failed_is_not_drawn_nor_previewed(world: World, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", ("ant", "cat", "owl"))
+    for file in (tmp_path / "images" / "ant").iterdir():
+        file.write_bytes(b"nothing")
+    cache = f"cache.path={tmp_path / 'cache'}"
+    said = succeed("encode", world.config, tmp_path / "run", f"data.source={tmp_path / 'images'}", cache)
+    assert "encode: 1 class without images, such as ant: no sample can be drawn of it" in said
+    given = train_on(world, tmp_path, ())
+    assert state_of(tmp_path / "run", 8)["class_counts"] == [0, 6, 6]
+    printed = succeed("sample", world.config, tmp_path / "run", *given)
+    assert "1 of 3 classes have no images and are left out, the first of them 'ant'" in printed
+    assert drawn(tmp_path / "run").labels.tolist() == [1, 2] * 3
+    result = run_stage("sample", world.config, tmp_path / "run", *given, "sample.classes=[cat,ant]")
+    assert result.exit_code == 2
+    assert "sample.classes: 'ant' had no images in training" in result.stderr
+    tile = -(-64 // IMAGE_SIZE) * IMAGE_SIZE + 2
+    assert Image.open(tmp_path / "run" / "previews" / "000000008.png").height == 2 * tile + 2
+    assert Image.open(tmp_path / "run" / "previews.png").height == tile + 2
+
+
+def test_classes_called_by_numbers_are_drawn_by_name(world: World, tmp_path: Path) -> None:
+    given = train_on(world, tmp_path, ("008", "010", "2"))
+    for asked, labels in (("010", [2]), ("[2, 008]", [0, 1]), ("index:2", [2]), ("0", [0])):
+        shutil.rmtree(tmp_path / "run" / "samples", ignore_errors=True)
+        printed = succeed(
+            "sample", world.config, tmp_path / "run", *given, f"sample.classes={asked}", "sample.per_class=1"
+        )
+        assert drawn(tmp_path / "run").labels.tolist() == labels, printed
+
+
+def test_images_without_a_class_are_trained_without_one(world: World, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", ("cat", "dog"))
+    for number in range(3):
+        shutil.copy(tmp_path / "images" / "cat" / f"{number}.png", tmp_path / "images" / f"top{number}.png")
+    given = train_on(world, tmp_path, (), "train.label_dropout=0", "train.images=32", "train.lr=1e-3")
+    state = state_of(tmp_path / "run", 32)
+    assert (state["class_counts"], state["without_class"]) == ([6, 6], 1 - 12 / 15)
+    rows = weights_of(tmp_path / "run", 32)["classes.weight"]
+    before = build_model(load_config(world.config, given), Manifest.load(tmp_path / "cache")).classes.weight
+    assert ((rows - before).abs().amax(1) > 0).all()  # the null class, too, has learnt
+    assert "not 2" not in succeed("sample", world.config, tmp_path / "run", *given)  # so it can guide
+    assert drawn(tmp_path / "run").labels.tolist() == [0, 1] * 3
+    cache = str(tmp_path / "cache")
+    succeed("decode", world.config, tmp_path / "run", *given, "sample.per_class=1", more=("--cache", cache))
+    names = [file.name for file in sorted((tmp_path / "cache" / "decoded" / "images").iterdir())]
+    assert names == ["000000-cat.png", "000006-dog.png", "000012-no_class.png"]
+    assert "15 listed" in succeed("info", world.config, tmp_path / "run", *given)
+
+
+def test_the_same_classes_are_the_same_samples_however_they_are_named(world: World, tmp_path: Path) -> None:
+    overrides = (f"data.source={world.images}", "sample.per_class=1")
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    succeed("sample", world.config, run, *overrides, f"sample.classes=['{CLASSES[1]}']")
+    assert succeed("sample", world.config, run, *overrides, "sample.classes=1").startswith("sample: all done")
+    assert succeed("decode", world.config, run, *overrides, "sample.classes=index:1").startswith("decode: all done")
+
+
+def test_sample_ends_in_images_and_stops_before_them_when_asked_to(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    shutil.rmtree(run / "samples")
+    printed = succeed("sample", world.config, run, more=("--latents",))
+    folder = drawn(run).path
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["latents.zarr"]
+    assert "decode" not in printed
+    for said in (succeed("sample", world.config, run), succeed("sample", world.config, run)):
+        last = said.splitlines()[-1]
+        assert f"{folder}/grid.png" in last
+        assert f"{folder}/index.html" in last
+    assert len(list((folder / "images").iterdir())) == len(drawn(run))
+    assert np.array_equal(LatentCache(folder).labels, [0, 1] * 3)
+
+
+def test_samples_in_half_precision_are_near_those_in_full_and_lie_beside_them(world: World, tmp_path: Path) -> None:
+    run = shutil.copytree(world.run, tmp_path / "run")
+    for precision in ("fp32", "bf16"):
+        succeed("sample", world.config, run, f"sample.precision={precision}", more=("--latents",))
+    folders = {name: next((run / "samples").glob(f"*-{name}")) for name in ("fp32", "bf16")}
+    said = {name: json.loads((folder / "samples.json").read_text()) for name, folder in folders.items()}
+    assert {name: each["dtype"] for name, each in said.items()} == {"fp32": "float32", "bf16": "bfloat16"}
+    exact, rounded = (LatentCache(folders[name]) for name in ("fp32", "bf16"))
+    first, other = (cache.read(np.arange(len(cache))).astype(np.float32) for cache in (exact, rounded))
+    assert 0 < np.abs(other - first).max() < 0.1 * first.std()
+    auto = LatentCache(world.samples)
+    assert (auto.read(np.arange(len(auto))) == exact.read(np.arange(len(exact)))).all()  # on a CPU
