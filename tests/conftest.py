@@ -40,7 +40,7 @@ _costs: dict[str, Any] = {}  # of a step of each model that was counted already
 
 @pytest.fixture(autouse=True)
 def _runs_begin_and_end_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves and the FLOPs of a model take most of a run's time here; tests/pipeline/training/test_metrics.py sees both."""
+    """Curves and the FLOPs of a model take most of a run's time here; test_metrics.py sees both."""
     train = sys.modules.get("pipeline.training.trainer")  # not imported by tests that do without torch
     if train and request.path.stem != "test_metrics":
         count = train.Cost.of
