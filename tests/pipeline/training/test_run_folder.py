@@ -89,7 +89,7 @@ def test_a_run_without_its_checkpoints_begins_anew_and_nothing_of_the_old_one_is
     assert "loss" in after["log.jsonl.2"].decode()
     assert state_of(run, 48)["train"]["seed"] == 1
     assert sorted(name for name in after if name.startswith("previews/")) == [
-        f"previews/{seen:09d}.png" for seen in (16, 32, 48)
+        f"{folder}/{seen:09d}.png" for folder in ("previews", "previews/rows") for seen in (16, 32, 48)
     ]
 
 
@@ -141,19 +141,21 @@ def test_damage_to_any_file_of_a_run_is_said_and_ends_in_the_same_bytes(world: W
     expected = tree(tmp_path / "whole" / "checkpoints")
     unfinished = shutil.copytree(tmp_path / "whole", tmp_path / "unfinished")
     shutil.rmtree(unfinished / "checkpoints" / "000000048")
-    (unfinished / "previews" / "000000048.png").unlink()
+    for folder in ("previews", "previews/rows"):
+        (unfinished / folder / "000000048.png").unlink()
     lines = (unfinished / "log.jsonl").read_bytes().splitlines(keepends=True)
     (unfinished / "log.jsonl").write_bytes(b"".join(lines[:4]))
-    passed_over = {"curves.png", "previews.png"}  # which are drawn again
-    files = [name for name, payload in tree(unfinished).items() if payload and name not in passed_over]
-    assert len(files) == 2 + 2 + 2 * 5
+    pictures = {"curves.png", "previews.png"}  # which are drawn again
+    files = [name for name, payload in tree(unfinished).items() if payload and name not in pictures]
+    unread = ("checkpoints/000000016", "previews/0")  # an old checkpoint, and sheets, which are for people alone
+    assert len(files) == 2 + 2 * 2 + 2 * 5
     for number, name in enumerate(files):
         run = shutil.copytree(unfinished, tmp_path / str(number))
         damage = cut if number % 2 or name == "log.jsonl" else flip
         (run / name).write_bytes(damage((run / name).read_bytes()))
         printed = succeed("train", world.config, run, *overrides)
         said = any(words in printed for words in ("passed over", "is now", "left out", "lacks"))
-        assert said != name.startswith("checkpoints/000000016"), name  # which nothing reads while there is a newer one
+        assert said != name.startswith(unread), name
         after = tree(run / "checkpoints")
         for file, content in expected.items():
             assert after[file] == content or f"checkpoints/{file}" == name, (name, file)
