@@ -1,4 +1,4 @@
-# Three stages: encode, train, sample, which ends in images. Each first does what it depends on, and nothing where all is done.
+# Three stages: encode, train, sample. Each target first makes what it depends on, and skips what is finished.
 CONFIG ?= configs/solids.yaml
 NPROC  ?= $(if $(GPU),$(GPUS),1)
 SET    ?=
@@ -8,18 +8,18 @@ PYTHON ?= python3
 
 BIN    := .venv/bin
 READY  := .venv/.ready
-# the text of a variable, dollars included, as one word for the shell
+# quotes the text of a variable, dollars included, as one word for the shell
 quoted  = '$(subst ','\'',$(value $(1)))'
 # SET is split as a shell would do it, but nothing in it is expanded
 SETS    = $(if $(strip $(value SET)),$(or $(shell $(PYTHON) -c $(SPLIT) $(call quoted,SET)),$(error SET: $(value SET): a quote is not closed)))
 SPLIT   = 'import shlex, sys; print(*("--set " + shlex.quote(pair) for pair in shlex.split(sys.argv[1])))' 2>/dev/null
 ARGS    = --config $(call quoted,CONFIG) $(SETS) $(if $(value RUN),--run $(call quoted,RUN))
 GPU    := $(shell command -v nvidia-smi)
-# counted when it is first asked for, by when .venv is there, and once
+# counted once, at the first use, when .venv exists
 GPUS    = $(eval GPUS := $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count())"))$(GPUS)
 THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 TORCHRUN = $(if $(GPU),,ACCELERATE_USE_CPU=true) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --shutdown-timeout 600 --nproc_per_node $(NPROC) -m -- stages
-# which build of torch: without it that of PyPI, for the newest CUDA on Linux; cpu, cu126 and others are at pytorch.org
+# the build of torch: by default that of PyPI, for the newest CUDA on Linux; pytorch.org has cpu, cu126 and others
 INDEX   = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
@@ -28,12 +28,12 @@ FLAGS  ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup all encode verify info train sample decode eval vae test lint results bench
 
-help:  ## this help
+help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
 	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
 
-setup: $(READY)  ## .venv with pinned versions, whose hashes are checked
+setup: $(READY)  ## create .venv with pinned versions, whose hashes are checked
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentmill needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
@@ -42,43 +42,43 @@ $(READY): pyproject.toml constraints.txt
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-all: sample  ## encode, train and sample: images from nothing
+all: sample  ## encode, train and sample: all that is needed to get samples
 
-encode: $(READY)  ## stage one: images to a latent cache
+encode: $(READY)  ## stage one: encode images into a latent cache
 	$(LAUNCH) encode $(ARGS) $(if $(filter eval,$(MAKECMDGOALS)),,$(FLAGS))
 
-verify: $(READY)  ## compare every file of the cache with its hash
+verify: $(READY)  ## check every file of the cache against its SHA-256
 	$(BIN)/latentmill verify $(ARGS) $(FLAGS)
 
-info: encode  ## what the cache holds, and pictures of it
+info: encode  ## describe the cache, with pictures
 	$(BIN)/latentmill info $(ARGS)
 
-train: encode  ## stage two: a latent cache to a model
+train: encode  ## stage two: train a model on the latent cache
 	$(LAUNCH) train $(ARGS)
 
-sample: train  ## draw from the model: PNG files, a contact sheet and a page
+sample: train  ## draw samples from the model: PNG files, a contact sheet and a page
 	$(BIN)/latentmill sample $(ARGS)
 
-decode: sample  ## what sample ends with: images from latents
+decode: sample  ## decode sampled latents to images, the last step of sample
 	$(BIN)/latentmill decode $(ARGS)
 
-# what is measured with these options is there already
-eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## samples against real images, with a receipt
+# with these options, nothing needs to be trained first
+eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## measure samples against real images, and write a receipt
 	$(BIN)/latentmill evaluate $(ARGS) $(FLAGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
-	$(BIN)/latentmill vae $(call quoted,PHOTOS)
+	$(BIN)/latentmill train-vae $(call quoted,PHOTOS)
 
-test: $(READY)  ## the tests
+test: $(READY)  ## run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)  ## formatting, lint and types
+lint: $(READY)  ## check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-results: encode  ## what each choice of the design brings: docs/results.md, in one night
+results: encode  ## measure the effect of each design choice (docs/results.md), in one night
 	$(BIN)/python -m benchmarks.results --config $(call quoted,CONFIG) $(SETS)
 
-bench: train  ## do samples of the default run show the class asked for?
+bench: train  ## check whether samples of the default run show the requested class
 	$(BIN)/python -m benchmarks.solids_accuracy $(ARGS)

@@ -29,7 +29,7 @@ from pipeline.device import pick_device, process_count
 from pipeline.evaluation.features import compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
-from pipeline.evaluation.receipt import written
+from pipeline.evaluation.receipt import format_metric
 from stages.cli import LocalPath
 from stages.evaluate import HELDOUT, TRAINING
 
@@ -130,9 +130,9 @@ def main(file: Path, overrides: tuple[str, ...], count: int, to: Path) -> None:
     print("| | " + " | ".join([*heads, "copies of each other", "closer to training", "copies of training"]) + " |")
     print("|---" * (len(names) + 4) + "|")
     for name, each in figures.items():
-        cells = [written(each[figure], 1000 if figure.startswith("KD-") else 1) for figure in names]
+        cells = [format_metric(each[figure], 1000 if figure.startswith("KD-") else 1) for figure in names]
         near = each["memorisation"]
-        cells += [f"{each['copies']:,}", written(near["closer"]), f"{near['copies']:,}"]
+        cells += [f"{each['copies']:,}", format_metric(near["closer"]), f"{near['copies']:,}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
     publish_json(to / "faults.json", figures)
 

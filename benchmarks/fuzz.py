@@ -38,12 +38,12 @@ from PIL import Image
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Plan, VaeIdentity
 from data.cache.reader import LatentCache
-from data.cache.records import existing_plan, recorded
+from data.cache.records import existing_plan, load_records
 from data.cache.writer import CacheWriter
 from data.sources.base import Batch
 from data.sources.decode import DECODER_ERRORS, decode_image
 from data.sources.files import ImageFiles
-from data.storage import checked, publish_checked
+from data.storage import publish_checked, strip_checksum
 from pipeline.ema import Average
 from pipeline.latents import Normalization
 from pipeline.loss import Objective
@@ -111,7 +111,7 @@ def changed(kind: Kind, number: int, seed: int) -> tuple[bytes, bool]:
     """Input `number`: the good file with one to four changes; and whether it got a hash that fits."""
     random = np.random.Generator(np.random.Philox(key=[seed, number]))
     payload = kind.payload
-    inner = checked(payload) if kind.hashed and random.random() < 0.5 else None
+    inner = strip_checksum(payload) if kind.hashed and random.random() < 0.5 else None
     if inner is not None:
         value = json.loads(inner)
         for _ in range(random.integers(1, 3)):
@@ -256,7 +256,7 @@ def _read_cache(path: Path) -> str:
 
 def _read_records(path: Path) -> str:
     plan = existing_plan(path)
-    return _digest(repr(plan).encode(), repr(sorted(recorded(path).items())).encode())
+    return _digest(repr(plan).encode(), repr(sorted(load_records(path).items())).encode())
 
 
 def _read_checkpoint(folder: Path) -> str:

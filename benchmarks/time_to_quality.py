@@ -40,7 +40,7 @@ from data.text import digest
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.noise import NoiseProcess
-from pipeline.sampling import draw, image_generators, make_scheduler
+from pipeline.sampling import image_generators, make_scheduler, sampling_loop
 from pipeline.training.distributed import connect
 from pipeline.training.setup import build_model, normalization_of
 from pipeline.unet import LatentUNet
@@ -211,7 +211,7 @@ class Contest:
         """uint8 `B S S 3`, a batch at a time, by DDIM, in float32 as ours."""
         noise, null = NoiseProcess(schedule="linear", prediction="epsilon"), len(self.manifest.classes)
         for chunk in torch.arange(len(labels)).split(BATCH):
-            latents = draw(
+            latents = sampling_loop(
                 partial(predict, network, labels=labels[chunk], null=null, guidance=guidance),
                 make_scheduler("ddim", noise, steps),
                 shape=(self.manifest.latent_channels, *self.manifest.shape[1:]),  # of which shape[0] has stds, too

@@ -1,8 +1,8 @@
-"""Batches of cached moments in an order that is a function of (seed, epoch) alone.
+"""Loads batches of cached moments in an order that depends on (seed, epoch) alone.
 
-Training reads one endless stream of positions: epoch after epoch, each a permutation of all images. Step s takes the
-positions from s * batch_size on, so a last partial batch is filled from the next epoch and no image is left out.
-Processes share a batch in equal, adjacent parts: the stream is the same for every number of them.
+Training reads one endless stream of positions: epoch after epoch, each a permutation of all images. Step s takes
+batch_size positions from s * batch_size, so the next epoch fills a last partial batch and no image is left out.
+Processes split a batch into equal, adjacent parts, so the stream is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from data.cache.reader import LatentCache
 from data.memory import host_memory
 from data.text import human_bytes
 
-# images that a streamed epoch shuffles together, at most; of two such windows all processes hold their shares
+# largest shuffle window of a streamed epoch; each process holds its share of two windows
 WINDOW_ROWS, WINDOW_BYTES = 65_536, 2**30
 Item = TypeVar("Item")
-_SLICE_BYTES = 2**26  # copied at a time: all that is held twice
+_SLICE_BYTES = 2**26  # copied at a time, which bounds the extra memory
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """One process's part of a batch."""
+    """Holds one process's part of a batch."""
 
     indices: NDArray[np.int64]  # B, into the cache
-    moments: Tensor  # B V 2C h w, in the cache's type
-    labels: Tensor  # B int64; below 0 where an image has no class
+    moments: Tensor  # B V 2C h w, in the cache's dtype
+    labels: Tensor  # B int64; negative if an image has no class
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation of `count` images in which epoch number `epoch` reads them."""
+    """Return the permutation of `count` images for epoch number `epoch`."""
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-    order.setflags(write=False)  # the cached array itself is handed out
+    order.setflags(write=False)  # lru_cache returns the same array to every caller
     return order
 
 
 @functools.lru_cache(maxsize=2)
 def streamed_order(count: int, seed: int, epoch: int, shard_rows: int, window_rows: int) -> NDArray[np.int64]:
-    """A permutation of `count` images that reads whole shards: shards in random order are laid end to end, and what
-    they hold is shuffled within windows of `window_rows` images.
+    """Return a permutation of `count` images that reads whole shards: it concatenates the shards in random order and
+    shuffles within windows of `window_rows` images.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     shards = random.permutation(-(-count // shard_rows))
@@ -63,10 +63,10 @@ def streamed_order(count: int, seed: int, epoch: int, shard_rows: int, window_ro
 class LatentLoader:
     """Reads batch number `step` of a cache for process `rank` of `world_size`.
 
-    `access` is where batches come from: `resident` on the device, in `memory`, `mapped` from disk, or `streamed` from
-    disk window by window, in an order of its own; a window is never longer than an epoch. `auto` takes the first of
-    them for which there is room beside the `reserved` bytes that training takes on a GPU, and with `streamed` one that
-    has the order of a run that was streamed, or was not. `sharing` processes of this machine have its memory in common.
+    `access` says where batches come from: `resident` on the device, in host `memory`, memory-`mapped` from disk, or
+    `streamed` from disk window by window, in a different order; a window is never longer than an epoch. `auto` takes
+    the first of them that fits beside the `reserved` bytes that training needs on a GPU. To resume a run, `streamed`
+    says whether the run was streamed, and `auto` keeps its order. `sharing` processes share the memory of this machine.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class LatentLoader:
         self.labels = torch.from_numpy(cache.labels).to(device)
         row_bytes = cache.manifest.row_bytes
         self.size = len(cache) * row_bytes
-        # of the cache alone: the order must not depend on the memory of a machine
+        # from the cache alone: the order must not depend on the memory of a machine
         self.window_rows = min(len(cache), WINDOW_ROWS, max(WINDOW_BYTES // row_bytes, 1))
         self._slice_rows = max(_SLICE_BYTES // row_bytes, 1)
-        self.access = _choose(self.size, device, sharing, reserved, streamed) if access == "auto" else access
+        self.access = _choose_access(self.size, device, sharing, reserved, streamed) if access == "auto" else access
         held = {"resident": device, "memory": torch.device("cpu")}.get(self.access)
         self._moments = None if held is None else self._load(held)
-        self._batches = _Ahead(self._read)
-        self._windows = _Ahead(self._read_window)
+        self._batches = _Prefetcher(self._read)
+        self._windows = _Prefetcher(self._read_window)
         self._window_steps = max(self.window_rows // batch_size, 1)
 
     def describe(self) -> str:
-        """How latents are read, for people."""
+        """Describe in words how latents are read."""
         size = f"{human_bytes(self.size)} of latents"
         return {
             "resident": f"{size} held on {self.device}",
@@ -110,19 +110,19 @@ class LatentLoader:
         }[self.access]
 
     def batch(self, step: int) -> LatentBatch:
-        """This process's part of batch number `step`."""
+        """Return this process's part of batch number `step`."""
         if self.access == "resident":
             return self._read(step)
         return self._batches.get(step)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """The images of this process's part of batch number `step`."""
+        """Return the indices of the images in this process's part of batch number `step`."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.part]
         epochs, places = np.divmod(positions, len(self.cache))
         return np.concatenate([self.order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """All images in the order of epoch number `epoch`."""
+        """Return all images in the order of epoch number `epoch`."""
         if self.access == "streamed":
             shard_rows = self.cache.manifest.shard_rows
             return streamed_order(len(self.cache), self.seed, epoch, shard_rows, self.window_rows)
@@ -130,33 +130,33 @@ class LatentLoader:
 
     def _read(self, step: int) -> LatentBatch:
         indices = self.indices(step)
-        places = _sent(indices, self.device)
+        places = _to_device(indices, self.device)
         if self._moments is not None and self._moments.device.type != "cpu":
             moments = self._moments[places]
-        elif self._moments is not None:  # numpy's gather is the quicker one
-            moments = _sent(self._moments.numpy().take(indices, axis=0), self.device)
+        elif self._moments is not None:  # numpy gathers faster than torch
+            moments = _to_device(self._moments.numpy().take(indices, axis=0), self.device)
         elif self.access == "streamed":
             window, place = divmod(step, self._window_steps)
             rows = slice(place * len(indices), (place + 1) * len(indices))
-            # a copy, or a batch that is still in use would keep a window from being freed
-            moments = _sent(self._windows.get(window)[rows].copy(), self.device)
+            # copied: a view that is still in use would keep the whole window in memory
+            moments = _to_device(self._windows.get(window)[rows].copy(), self.device)
         else:
-            moments = _sent(self.cache.read(indices), self.device)
+            moments = _to_device(self.cache.read(indices), self.device)
         return LatentBatch(indices, moments, self.labels[places])
 
     def _read_window(self, number: int) -> NDArray[np.floating]:
-        """This process's moments of the next steps, in their order; read from disk in the order in which they lie."""
+        """Read this process's moments for the steps of a window, in step order; the disk is read sequentially."""
         first = number * self._window_steps
         indices = np.concatenate([self.indices(step) for step in range(first, first + self._window_steps)])
-        lying = np.argsort(indices)
+        disk_order = np.argsort(indices)
         moments = np.empty((len(indices), *self.cache.manifest.row_shape), self.cache.manifest.dtype)
         for start in range(0, len(indices), self._slice_rows):
-            part = lying[start : start + self._slice_rows]
+            part = disk_order[start : start + self._slice_rows]
             moments[part] = self.cache.load(indices[part])
         return moments
 
     def _load(self, device: torch.device) -> Tensor:
-        """All moments on a device, copied slice by slice."""
+        """Load all moments to a device, copied slice by slice."""
         manifest = self.cache.manifest
         shape = (len(self.cache), *manifest.row_shape)
         moments = torch.empty(shape, dtype=getattr(torch, manifest.dtype), device=device)
@@ -166,15 +166,15 @@ class LatentLoader:
         return moments
 
 
-class _Ahead(Generic[Item]):
-    """The items number n, n + 1, ... of a function; the next one is made in a thread while the last one is used."""
+class _Prefetcher(Generic[Item]):
+    """Computes items n, n + 1, ... of a function; a thread computes the next one while the current one is used."""
 
     def __init__(self, make: Callable[[int], Item]) -> None:
         self._make, self._thread = make, ThreadPoolExecutor(1)
         self._items: dict[int, Future[Item]] = {}
 
     def get(self, number: int) -> Item:
-        """Item `number`, and a start of the one after it; others are let go first."""
+        """Return item `number` and start computing the next one; other items are dropped first."""
         wanted = (number, number + 1)
         self._items = {n: item for n, item in self._items.items() if n in wanted}
         for n in wanted:
@@ -183,18 +183,18 @@ class _Ahead(Generic[Item]):
         return self._items[number].result()
 
 
-def _sent(array: NDArray, device: torch.device) -> Tensor:
-    """A copy on the device. A GPU fetches it from pinned memory when it comes to that, and nobody waits for it."""
+def _to_device(array: NDArray, device: torch.device) -> Tensor:
+    """Copy an array to the device; to a GPU asynchronously, from pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
-    with torch.cuda.device(device):  # a thread begins on the first one, and would take memory of it
+    with torch.cuda.device(device):  # a new thread starts on GPU 0 and would allocate memory there
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _choose(size: int, device: torch.device, sharing: int, reserved: int, streamed: bool | None) -> str:
-    """The first way of reading `size` bytes for which there is room: half of what is free, and on a GPU what is left of
-    it beside the `reserved` bytes. Processes that share a machine map the files, which it then holds once for all."""
+def _choose_access(size: int, device: torch.device, sharing: int, reserved: int, streamed: bool | None) -> str:
+    """Return the first way of reading for which `size` bytes fit: into half of the free memory and, on a GPU, beside
+    the `reserved` bytes. Processes that share a machine map the files, so that it holds them once for all."""
     if streamed:
         return "streamed"
     host = host_memory()

@@ -1,4 +1,4 @@
-"""How much memory there is: of this machine or, in a container or a job of a cluster, what its control group allows."""
+"""Measures memory: of this machine or, in a container or cluster job, what its control group (cgroup) allows."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NamedTuple
 import psutil
 
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_FILES = {  # the limit, what is used, and the part of that which the kernel gives up: of version 2, and of version 1
+_FILES = {  # by cgroup version: limit, usage, and the part of the usage that the kernel can reclaim
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
 class Memory(NamedTuple):
-    """Bytes: all that this process and those beside it may have, and what is left of it."""
+    """Holds bytes: the total for this process and others beside it, and what is available of it."""
 
     total: int
     available: int
 
 
 def host_memory() -> Memory:
-    """That of the machine, or of the smallest control group that this process is in."""
+    """Return the memory of the machine, or of the smallest control group that this process is in."""
     machine = psutil.virtual_memory()
     limits = [Memory(machine.total, machine.available), *_groups()]
     return Memory(min(each.total for each in limits), max(min(each.available for each in limits), 0))
@@ -44,7 +44,7 @@ def _groups() -> Iterator[Memory]:
 
 
 def _group(folder: Path, limit: str, used: str, reclaimable: str) -> Memory | None:
-    """None where there is no limit, or no such folder: a container sees its own group at the root."""
+    """Return a group's memory; None without a limit or folder: a container sees its own group at the root."""
     try:
         total, current = ((folder / name).read_text(encoding="ascii").strip() for name in (limit, used))
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()

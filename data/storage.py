@@ -1,8 +1,7 @@
-"""Every write, flush, rename and delete of the project: nothing is readable under its final name before it is
-complete.
+"""Does every write, flush, rename and delete of the project: no file has its final name before it is complete.
 
-A crash or a full disk at any operation leaves what was there before; what was left staged is overwritten by the next
-run, or swept away.
+A crash or a full disk at any operation keeps the previous version; staged leftovers are overwritten by the next run or
+deleted by `sweep`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from typing import Any, BinaryIO, TypeVar
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Result = TypeVar("Result")
-_lasting: set[Path] = set()  # folders whose names this process knows to be on the disk
+_flushed_folders: set[Path] = set()  # whose names this process has flushed to disk
 
 
 def publish(path: Path, payload: bytes) -> None:
-    """Write `payload` under `path`: all of it or, after a crash at any point, what was there before.
+    """Write `payload` to `path` atomically: after a crash at any point, `path` has the new or the previous bytes.
 
-    ValueError when another process is writing it. OSError, with the path, when the disk is full or refuses.
+    ValueError if another process is writing it. OSError, with the path, if the disk is full or refuses.
     """
     with staged_file(path) as file:
         file.write(payload)
@@ -40,13 +39,13 @@ def publish(path: Path, payload: bytes) -> None:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when the block ends well, and is gone when it does not.
+    """Open a file that becomes `path` if the block succeeds and is deleted if it fails.
 
-    ValueError when another process is writing it. OSError, with the path, when the disk is full or refuses; one that
-    the block meets with another file passes as it is.
+    ValueError if another process is writing it. OSError, with the path, if the disk is full or refuses; an OSError of
+    the block about another file is not changed.
     """
     staged = path.with_name(_STAGED + path.name)
-    with telling(path, "writing"):
+    with naming_the_file(path, "writing"):
         make_folder(path.parent)
     try:
         with _create(staged) as file, contextlib.ExitStack() as unfinished:
@@ -60,33 +59,33 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(staged), str(path.parent)):
             raise
-        with telling(path, "writing"):
+        with naming_the_file(path, "writing"):
             raise
 
 
 def _create(staged: Path) -> BinaryIO:
-    """A new file of that name, locked; what a killed process left there is deleted.
+    """Create and lock a new file of that name; one that a killed process left is deleted.
 
-    ValueError when a process that is alive is writing it, on this machine or on another one with the same disk.
+    ValueError if a running process is writing it, on this machine or on another one with the same disk.
     """
     while True:
         try:
-            file = open(staged, "xb")  # noqa: SIM115 - who asked for it closes it
+            file = open(staged, "xb")  # noqa: SIM115 - the caller closes it
         except FileExistsError:
-            with contextlib.suppress(FileNotFoundError), open(staged, "r+b") as left:  # else it was finished just now
+            with contextlib.suppress(FileNotFoundError), open(staged, "r+b") as left:  # unless it was just finished
                 if not try_lock(left.fileno(), wait=False):
                     name = staged.with_name(staged.name.removeprefix(_STAGED))
                     raise ValueError(f"{name}: another process is writing it: wait for it") from None
-                if _is_at(staged, left):  # and not a later one of this name
+                if _is_at(staged, left):  # and not a newer file of this name
                     os.unlink(staged)
             continue
         if try_lock(file.fileno(), wait=False) and _is_at(staged, file):
             return file
-        file.close()  # somebody took it for what a killed process left, before it was locked
+        file.close()  # another process deleted it as stale before it was locked
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file still has this name."""
+    """Return whether an open file still has this name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -94,17 +93,17 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def _unlink(staged: Path) -> None:
-    with contextlib.suppress(OSError):  # the first error is the one to tell; a full disk wants its room back
+    with contextlib.suppress(OSError):  # report the first error; deleting frees space on a full disk
         os.unlink(staged)
 
 
 def publish_json(path: Path, value: Any) -> None:
-    """`publish` a value as indented JSON."""
+    """Publish a value as indented JSON."""
     publish(path, (json.dumps(value, indent=2, ensure_ascii=True) + "\n").encode())
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text of anybody says; ValueError where it is none, or nested more deeply than can be read."""
+    """Parse untrusted JSON; ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -112,12 +111,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def publish_checked(path: Path, value: Mapping[str, Any]) -> None:
-    """`publish` an object as indented JSON whose last field, `sha256`, is the SHA-256 of all bytes before it."""
+    """Publish an object as indented JSON whose last field, `sha256`, is the SHA-256 of all bytes before it."""
     publish(path, _unclosed(value) + f',\n  "sha256": "{checksum(value)}"\n}}\n'.encode())
 
 
 def checksum(value: Mapping[str, Any]) -> str:
-    """The last field of what `publish_checked` writes of an object."""
+    """Return the last field of what `publish_checked` writes for an object."""
     return hashlib.sha256(_unclosed(value)).hexdigest()
 
 
@@ -125,8 +124,8 @@ def _unclosed(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=2).encode().removesuffix(b"\n}")
 
 
-def checked(payload: bytes) -> bytes | None:
-    """The object that `publish_checked` wrote as `payload`, without its checksum; None where a byte has changed."""
+def strip_checksum(payload: bytes) -> bytes | None:
+    """Return the object that `publish_checked` wrote as `payload`, without its checksum; None if a byte has changed."""
     found = _CHECKSUM.search(payload)
     text = payload[: found.start()] if found else b""
     same = found and hashlib.sha256(text).hexdigest().encode() == found.group(1)
@@ -135,10 +134,10 @@ def checked(payload: bytes) -> bytes | None:
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends well, and is gone when it does not.
+    """Create a folder to fill that becomes `path` if the block succeeds and is deleted if it fails.
 
-    `path` must not exist, or hold an older version, which is replaced. Files get the mode that the umask gives, whoever
-    wrote them: safetensors would keep them from everybody else.
+    `path` must not exist, or hold an older version, which is replaced. Files get the mode that the umask gives:
+    safetensors would make them readable by their owner alone.
     """
     staged = path.with_name(_STAGED + path.name)
     remove(staged)
@@ -155,14 +154,14 @@ def staged_folder(path: Path) -> Iterator[Path]:
         remove(path)
         os.replace(staged, path)
     finally:
-        remove(staged)  # gone already, unless the block or the disk failed
+        remove(staged)  # already renamed, unless the block or the disk failed
     _sync_folder(path.parent)
 
 
 def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) -> str:
-    """Write a file of a folder that is staged, a part after the other; the SHA-256 of what was meant to be written.
+    """Write a file of a staged folder part by part; return the SHA-256 of the bytes that were to be written.
 
-    OSError, with the file, when the disk is full or refuses.
+    OSError, with the file, if the disk is full or refuses.
     """
     sha = hashlib.sha256()
     with writing(file) as handle:
@@ -174,32 +173,32 @@ def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) ->
 
 @contextmanager
 def writing(file: Path) -> Iterator[BinaryIO]:
-    """A file of a folder that is staged, open for writing in any order; an OSError names it."""
-    with telling(file, "writing"):
+    """Open a file of a staged folder for writing in any order; an OSError names it."""
+    with naming_the_file(file, "writing"):
         file.parent.mkdir(exist_ok=True)
         with open(file, "wb") as handle:
             yield handle
 
 
 def sweep(folder: Path) -> None:
-    """Delete what crashes have left staged in `folder`, to which nobody may be writing."""
+    """Delete staged leftovers of crashes in `folder`; nobody may be writing to it."""
     for left in folder.glob(f"{_STAGED}*"):
         remove(left)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file or folder to the first of `<name>.1`, `<name>.2`, ... that is free; the new path."""
+    """Rename a file or folder to the first free one of `<name>.1`, `<name>.2`, ...; return the new path."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     free = next(name for name in names if not os.path.lexists(name))
-    with telling(path, "renaming"):
+    with naming_the_file(path, "renaming"):
         os.replace(path, free)
         _sync_folder(path.parent)
     return free
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a log, and have it on the disk."""
-    with telling(path, "writing"):
+    """Append one line to a log and flush it to disk."""
+    with naming_the_file(path, "writing"):
         new = not path.exists()
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -210,28 +209,28 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, where they are missing, and have the names of all of them on the disk.
+    """Make a folder and its missing parents, and flush the names of all of them to disk.
 
-    A folder that is there already may be of a process that was killed before it had done so.
+    Names of existing folders are flushed, too: the process that made them may have been killed before it did.
     """
     path = Path(os.path.abspath(path))
-    if path in _lasting and path.is_dir():
+    if path in _flushed_folders and path.is_dir():
         return
     if path != path.parent:
         make_folder(path.parent)
         try:
             os.mkdir(path)
-        except OSError:  # of folders above ours it may also say that they cannot be written
+        except OSError:  # for an existing folder, it may also be a lack of permission
             if not path.is_dir():
                 raise
-        with contextlib.suppress(PermissionError):  # nor read
+        with contextlib.suppress(PermissionError):  # to read the folder above
             _sync_folder(path.parent)
-    _lasting.add(path)
+    _flushed_folders.add(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds, for good; one that is not there is fine."""
-    with telling(path, "deleting"):
+    """Delete a file, or a folder with its contents, and flush that to disk; a missing one is fine."""
+    with naming_the_file(path, "deleting"):
         if path.is_dir() and not path.is_symlink():
             for folder, folders, files in os.walk(path, topdown=False):
                 for name in files:
@@ -249,59 +248,59 @@ def remove(path: Path) -> None:
 
 
 def probe(folder: Path, field: str) -> None:
-    """ValueError, naming the config's `field`, when nothing can be written to `folder`: asked before long work."""
+    """Check before long work that `folder` is writable; ValueError names the config's `field`."""
     try:
         make_folder(folder)
-        with tempfile.TemporaryFile(dir=folder):  # of no name that another process may take or delete
+        with tempfile.TemporaryFile(dir=folder):  # without a name that another process may use or delete
             pass
     except OSError as error:
         raise ValueError(f"{field}: cannot write to {folder}: {error.strerror}") from error
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written to `folder`, which need not exist yet."""
+    """Return how many bytes can still be written to `folder`, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file; an OSError names it."""
+    """Read the bytes of a file; an OSError names it."""
     return _reading(path, lambda file: file.read())
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; an OSError names the file."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal; an OSError names the file."""
     return _reading(path, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _reading(path: Path, use: Callable[[io.BufferedReader], Result]) -> Result:
-    """What `use` makes of a file that is open for reading, from its beginning."""
-    with telling(path, "reading"):
+    """Open a file for reading and return the result of `use`; try once more if its handle is stale."""
+    with naming_the_file(path, "reading"):
         try:
             with open(path, "rb") as file:
                 return use(file)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-        with open(path, "rb") as file:  # which another machine has replaced on a network disk, perhaps
+        with open(path, "rb") as file:  # another machine may have replaced it on a network disk
             return use(file)
 
 
 @contextmanager
-def telling(path: Path, doing: str) -> Iterator[None]:
-    """An OSError from here names `path`, as the kernel does not always, and says what to do."""
+def naming_the_file(path: Path, doing: str) -> Iterator[None]:
+    """Make an OSError of the block name `path`, which the kernel does not always do, and say what to do."""
     try:
         yield
     except OSError as error:
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        hint = "is it another user's?" if denied else "what was finished stays, the same command goes on"
+        hint = "does another user own it?" if denied else "finished work is kept: run the same command again to resume"
         reason = f"{error.strerror or error} (while {doing}; {hint})"
         raise OSError(error.errno, reason, str(path)) from error
 
 
 def try_lock(handle: int, *, wait: bool) -> bool:
-    """Whether the open file `handle` is locked now (flock), by this process; with `wait`, once it is free."""
+    """Lock the open file `handle` (flock) and return whether that worked; with `wait`, wait until the lock is free."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -315,7 +314,7 @@ def _sync(file: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
+    """Flush a rename in `folder` to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

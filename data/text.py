@@ -1,4 +1,4 @@
-"""Text for people and for hashes: names that a terminal can show, numbers of things, the digest of lines."""
+"""Formats text for display and for hashes: printable names, counts, sizes, times, digests of lines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable
 
-_UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: control, format, ends of lines and paragraphs
+_INVISIBLE = ("Cc", "Cf", "Zl", "Zp")  # categories of Unicode: control, format, ends of lines and paragraphs
 _JOINERS = "\u200c\u200d"  # format characters that are part of words, and of emoji
 
 
 def digest(lines: Iterable[str]) -> str:
-    """SHA-256 of lines of text."""
+    """Return the SHA-256 of lines of text."""
     sha = hashlib.sha256()
     for line in lines:
         sha.update(line.encode("utf-8", "surrogateescape") + b"\n")
@@ -20,19 +20,19 @@ def digest(lines: Iterable[str]) -> str:
 
 
 def printable(name: str) -> str:
-    """A name or a message of somebody else for a line of a terminal or a log: as backslash escapes bytes that are not
-    UTF-8, which JSON cannot hold, and all that would end the line, move the cursor or turn the text around."""
+    """Make an untrusted name or message safe for a line of a terminal or log: backslash escapes replace bytes that are
+    not UTF-8, which JSON cannot hold, and all that would end the line, move the cursor or reverse the text."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _UNSEEN and c not in _JOINERS else c for c in text)
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _INVISIBLE and c not in _JOINERS else c for c in text)
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things for people: `1 image`, `1,024 images`, `2 classes`."""
+    """Format a number of things: `1 image`, `1,024 images`, `2 classes`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def human_bytes(count: int) -> str:
-    """A number of bytes for people: `512 bytes`, `1.5 kB`, `20.0 MB`, `3.1 GB`."""
+    """Format a number of bytes: `512 bytes`, `1.5 kB`, `20.0 MB`, `3.1 GB`."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -40,7 +40,7 @@ def human_bytes(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `12 s`, `7 min`, `2 h 05 min`."""
+    """Format a time: `12 s`, `7 min`, `2 h 05 min`."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def brief(value: object) -> str:
-    """A value for a line of an error: a list may have a thousand entries, and a few aliases in YAML gigabytes."""
+    """Shorten a value for an error message: a list may be long, and a few YAML aliases may expand to gigabytes."""
     return _BRIEF.repr(value)
 
 

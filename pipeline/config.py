@@ -1,4 +1,4 @@
-"""The configuration: one YAML file an experiment, typed and checked, with `--set key=value` on top."""
+"""The typed and checked configuration of an experiment: one YAML file, with `--set key=value` overrides."""
 
 from __future__ import annotations
 
@@ -25,35 +25,44 @@ from pipeline.compatibility import check_noise, check_sampler, check_weighting, 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
-Place = Annotated[str, AfterValidator(lambda place: check_url(os.path.expanduser(place)))]  # a path, a URL or a name
+PathOrUrl = Annotated[str, AfterValidator(lambda place: check_url(os.path.expanduser(place)))]  # or a short name
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Data(Section):
-    """The images: a folder, archives or a URL (docs/data.md), or `solids`, which are drawn from a seed."""
+    """Where the images come from, and how they are read (docs/data.md)."""
 
-    source: Place = "solids"
+    source: PathOrUrl = "solids"
+    """Folder, archive, Parquet or label file, glob pattern or URL of the images; solids: render a
+    synthetic data set."""
     image_size: PositiveInt = 64
-    count: PositiveInt = 6_000  # of solids; a folder has as many as it has
-    seed: Seed = 0  # of solids
-    image_column: str | None = None  # the column of images of Parquet files, or the suffix of those of tars, of several
-    label_column: str | None = None  # the column of classes of Parquet files and lists, where it is called otherwise
-    heldout: float | str | None = None  # images never trained on: a share such as 0.02, or a path or URL of others
-    matte: str = "#ffffff"  # colour behind transparent images: any that Pillow knows, kept as #rrggbb
+    """Width and height of the square images, in pixels: others are cropped and resized."""
+    count: PositiveInt = 6_000
+    """Number of images to render; only for source: solids."""
+    seed: Seed = 0
+    """Random seed of the rendered images; only for source: solids."""
+    image_column: str | None = None
+    """Column (Parquet) or file suffix (tar) that holds the images; null: detect it, needed if there are several."""
+    label_column: str | None = None
+    """Column that holds the class (Parquet files and label files); null: detect it by its usual names."""
+    heldout: float | str | None = None
+    """Images held out from training: a fraction such as 0.02, or a path or URL of other images; null: none."""
+    matte: str = "#ffffff"
+    """Background colour for transparent images: any colour that Pillow knows, stored as #rrggbb."""
 
     @field_validator("heldout", mode="before")
     @classmethod
-    def _share_or_place(cls, value: Any) -> Any:
+    def _fraction_or_source(cls, value: Any) -> Any:
         try:
             share = float(value)
         except (TypeError, ValueError):
             return check_url(os.path.expanduser(value)) if isinstance(value, str) else value
         if not 0 < share < 1:
             raise ValueError(
-                f"{value}: a share is above 0 and below 1, such as 0.02; a folder of that name is ./{value}"
+                f"{value}: give a fraction above 0 and below 1, such as 0.02; for a folder of that name give ./{value}"
             )
         return share
 
@@ -63,64 +72,87 @@ class Data(Section):
         from PIL import ImageColor
 
         if value is None:
-            raise ValueError("no colour is there; one that begins with # needs quotes in YAML, as '#FFF'")
+            raise ValueError("no colour is given; a colour that begins with # needs quotes in YAML, as '#FFF'")
         try:
             rgb = ImageColor.getrgb(str(value))
         except ValueError:
             known = "white, '#FFF' or rgb(255, 0, 0)"
-            raise ValueError(f"{brief(value)} is no colour that Pillow knows, such as {known}") from None
+            raise ValueError(f"{brief(value)} is not a colour that Pillow knows, such as {known}") from None
         if len(rgb) != 3 or max(rgb) > 255:
-            raise ValueError(f"{value!r}: give red, green and blue alone, up to 255: what lies behind is opaque")
+            raise ValueError(f"{value!r}: give only red, green and blue, each up to 255: the background is opaque")
         return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 class Vae(Section):
-    """The frozen autoencoder: `bundled`, a folder in diffusers' format or a hub id, as owner/name or owner/name/vae."""
+    """The frozen autoencoder that maps images to latents and back."""
 
-    source: Place = "bundled"
+    source: PathOrUrl = "bundled"
+    """bundled: the VAE that comes with the project; or a folder in diffusers' format, or a hub id
+    (owner/name[/vae])."""
 
 
 class Cache(Section):
-    """Where and how latents are kept."""
+    """Where and how the encoded latents are stored (docs/cache-format.md)."""
 
     path: LocalPath = Path("caches/solids")
+    """Folder of the latent cache."""
     format: Literal["zarr", "webdataset"] = "zarr"
+    """File format of the shards: zarr arrays or webdataset tars."""
     store: Literal["moments", "mean"] = "moments"
+    """What is stored per image: moments: mean and std of the VAE's posterior; mean: only the mean, half the size."""
     dtype: Literal["float16", "float32"] = "float16"
-    # in which the VAE computes; auto: on a GPU fp16, or else bf16, if latents are within 1 % of those in fp32
+    """Number type of the stored latents."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    flip: bool = True  # also keep the latents of the mirrored image: a latent itself cannot be mirrored
+    """Precision of the VAE; auto: fp32 on a CPU; on a GPU the first of fp16, bf16 with at most 1 % error, else fp32."""
+    flip: bool = True
+    """Also store the latents of the mirrored image, because flipping a latent is not exact."""
     batch_size: PositiveInt = 64
-    # processes that read images ahead of the VAE and, on a CPU, encode them; auto: one a core; 0: none but this one
+    """Images per forward pass of the VAE."""
     workers: NonNegativeInt | Literal["auto"] = "auto"
-    max_failures: NonNegativeInt = 100  # images that may be unreadable before encode gives up
+    """Worker processes that read images and, on a CPU, encode them; auto: one per core; 0: only the main process."""
+    max_failures: NonNegativeInt = 100
+    """Encode stops when more images than this are unreadable."""
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Model(Section):
-    """The U-Net; its levels halve the resolution, the bottleneck works on the lowest."""
+    """The U-Net: each level halves the resolution, and the bottleneck works on the lowest one."""
 
-    patch_size: PositiveInt = 1  # latent positions a side that become one position of the network
+    patch_size: PositiveInt = 1
+    """Side of the square of latent positions merged into one position of the U-Net."""
     channels: tuple[PositiveInt, ...] = Field((64, 128, 256), min_length=1)
-    blocks: PositiveInt = 2  # residual blocks a level on the way down
+    """Channels of each level, highest resolution first; the number of entries is the number of levels."""
+    blocks: PositiveInt = 2
+    """Residual blocks per level of the down path; the up path has one more per level."""
     bottleneck: Literal["transformer", "resnet"] = "transformer"
-    depth: PositiveInt = 4  # blocks in the bottleneck
-    head_width: PositiveInt = 64  # channels an attention head
+    """Type of the blocks at the lowest resolution."""
+    depth: PositiveInt = 4
+    """Number of blocks in the bottleneck."""
+    head_width: PositiveInt = 64
+    """Channels per attention head; must divide the channels of the lowest level."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of the transformer blocks; both have about the same number of weights."""
     qk_norm: bool = False
+    """Normalise queries and keys (RMS norm) before attention."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout probability in all blocks; 0: no dropout."""
 
 
 class Noise(Section):
-    """What is learnt: the noise schedule, the target of the prediction, and how timesteps are drawn."""
+    """The diffusion process: noise schedule, prediction target, and distribution of the training timesteps."""
 
     schedule: Literal["linear", "scaled_linear", "cosine", "flow"] = "flow"
+    """Noise schedule; flow: flow matching."""
     prediction: Literal["epsilon", "x0", "v", "flow"] = "flow"
+    """What the model predicts: noise, clean latent, v, or for flow (and only there) noise - latent."""
     timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
-    zero_terminal_snr: bool = False  # rescale a discrete schedule until its last step is pure noise
-    shift: PositiveFloat = 1.0  # flow: above 1, more timesteps with much noise, for large or smooth latents
+    """Distribution of the timesteps in training."""
+    zero_terminal_snr: bool = False
+    """Rescale a discrete schedule so that its last step is pure noise."""
+    shift: PositiveFloat = 1.0
+    """Timestep shift of schedule flow; 1: none; above 1: more steps at high noise, for large or smooth latents."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Noise:
@@ -129,40 +161,75 @@ class Noise(Section):
 
 
 class Train(Section):
-    """Training on one clock: images seen. All lengths below are in images. docs/training.md says more of most keys."""
+    """Training (docs/training.md). All lengths and intervals are in images seen, not in steps or epochs."""
 
     images: PositiveInt = 40_000
-    init: LocalPath | None = None  # a run or checkpoint whose averaged weights this run begins with: fine-tuning
-    batch_size: PositiveInt | Literal["auto"] = 16  # of all processes; auto: as many as there is memory for
-    accumulate: PositiveInt = 1  # parts in which a process takes its share of a batch, to need less memory
-    gradient_checkpointing: bool = False  # less memory for a second forward pass
+    """Length of the run, in images seen."""
+    init: LocalPath | None = None
+    """Run folder or checkpoint to fine-tune: start from its averaged weights; null: start from random weights."""
+    batch_size: PositiveInt | Literal["auto"] = 16
+    """Images per optimizer step, over all processes; auto: as many as fit into memory, with at least 1000 steps."""
+    accumulate: PositiveInt = 1
+    """Gradient accumulation: micro-batches per step and process, to save memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where that is quicker
+    """Use torch.compile: faster steps after about a minute of compilation."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto: bf16 where faster, else fp32."""
     optimizer: Literal["adamw", "muon", "muon_all"] = "adamw"
+    """muon: Muon for matrices and kernels, AdamW for the rest; muon_all: Muon also for the timestep and
+    class layers."""
     lr: PositiveFloat = 1e-3
-    schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"  # of the learning rate
+    """Peak learning rate, for both optimizers."""
+    schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"
+    """Learning-rate schedule after the warm-up; trapezoid: constant, then linear decay to 0."""
     warmup: NonNegativeInt = 1_000
-    decay: float = Field(0.4, ge=0.0, le=1.0)  # trapezoid: share of the run, at its end, in which the rate falls to 0
+    """Length of the linear learning-rate warm-up, in images; 0: none."""
+    decay: float = Field(0.4, ge=0.0, le=1.0)
+    """trapezoid: fraction of the run, at its end, with linear decay to 0."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay of matrices and kernels; 0: none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's decay rates of the two moment estimates."""
     grad_clip: PositiveFloat = 1.0
-    weighting: Literal["plain", "min_snr", "learned"] = "plain"  # of the loss at each noise level
-    direction: NonNegativeFloat = 0.0  # weight of 1 - the cosine between prediction and target
-    contrastive: NonNegativeFloat = 0.0  # weight of the error to the target of another image, which is to be large
-    normalization: Literal["cache", "vae"] = "cache"  # by the full set's mean and std, or the VAE's scaling factor
-    access: Literal["auto", "resident", "memory", "mapped", "streamed"] = "auto"  # see docs/training.md
-    label_dropout: float = Field(0.1, ge=0.0, le=1.0)  # share of labels replaced by the null class
+    """Gradients are scaled down to at most this norm over all parameters."""
+    weighting: Literal["plain", "min_snr", "learned"] = "plain"
+    """Loss weight per noise level; plain: 1; min_snr: min(SNR, 5) in x0; learned: the inverse of a learned error."""
+    direction: NonNegativeFloat = 0.0
+    """Weight of the loss term 1 - cosine(prediction, target); 0: off."""
+    contrastive: NonNegativeFloat = 0.0
+    """Weight of contrastive flow matching: rewards distance to the target of another image; 0: off."""
+    normalization: Literal["cache", "vae"] = "cache"
+    """How latents are normalised: cache: per-channel mean and std of the training set; vae: the VAE's
+    scaling factor."""
+    access: Literal["auto", "resident", "memory", "mapped", "streamed"] = "auto"
+    """How latents are read: held on the device, in main memory, memory-mapped, or streamed; auto: the
+    first that fits."""
+    label_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    """Probability that a label becomes the null class, for guidance."""
     ema: Literal["exponential", "power"] = "exponential"
-    ema_halflife: PositiveInt = 2_000  # exponential
-    ema_widths: tuple[float, float] = (0.05, 0.10)  # power: standard deviations, as shares of the run
+    """Weight average: EMA, or two power-function averages."""
+    ema_halflife: PositiveInt = 2_000
+    """exponential: half-life of the EMA, in images."""
+    ema_widths: tuple[float, float] = (0.05, 0.10)
+    """power: standard deviations, as fractions of the run."""
     seed: Seed = 0
+    """Random seed of weights, image order, noise and timesteps."""
     log_every: PositiveInt = 800
+    """Interval of log lines, in images."""
     preview_every: PositiveInt = 10_000
-    eval_every: NonNegativeInt = 0  # a quick score of 500 samples; 0: never, for drawing them takes time
+    """Interval of preview images and of the held-out loss, in images."""
+    eval_every: NonNegativeInt = 0
+    """Interval of a quick score of 500 samples, in images; 0: never, as it takes time."""
     checkpoint_every: PositiveInt = 10_000
-    keep: PositiveInt = 2  # newest checkpoints that stay
-    keep_every: NonNegativeInt = 0  # every n-th checkpoint that stays, too; 0: none
+    """Interval of checkpoints, in images."""
+    keep: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: NonNegativeInt = 0
+    """Also keep every n-th checkpoint; 0: none."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Experiment tracker, besides log.jsonl."""
 
     @model_validator(mode="after")
     def _parts(self) -> Train:
@@ -170,88 +237,109 @@ class Train(Section):
             raise ValueError(f"accumulate = {self.accumulate} does not divide batch_size = {self.batch_size}")
         if self.optimizer == "muon" and self.precision == "fp16":
             raise ValueError(
-                "optimizer muon does not go with precision fp16, whose loss scale serves one optimizer: bf16"
+                "optimizer muon does not work with precision fp16, whose loss scale supports one optimizer: use bf16"
             )
         if self.warmup > self.images:
-            raise ValueError(f"warmup = {self.warmup} is longer than the run, images = {self.images}: warm up for less")
+            raise ValueError(f"warmup = {self.warmup} is longer than the run, images = {self.images}: shorten it")
         if self.schedule == "inverse_sqrt" and not self.warmup:
-            raise ValueError("schedule inverse_sqrt falls from the end of the warm-up: give warmup, such as 10000")
+            raise ValueError("schedule inverse_sqrt decays from the end of the warm-up: give warmup, such as 10000")
         for width in self.ema_widths:
             check_width(width, "ema_widths")
         return self
 
 
 class Sample(Section):
-    """What is drawn from a trained model."""
+    """How samples are drawn from a trained model, also for previews and evaluation."""
 
     scheduler: Literal["ddpm", "ddim", "euler"] = "euler"
+    """Sampler; euler: for schedule flow; others: for the rest."""
     steps: PositiveInt = 25
-    guidance: NonNegativeFloat = 2.0  # 1 is the conditional model, 0 the unconditional one
+    """Sampling steps; for ddpm and ddim at most 1000."""
+    guidance: NonNegativeFloat = 2.0
+    """Classifier-free guidance scale; 1: conditional model; 0: unconditional model."""
     per_class: PositiveInt = 10
-    classes: tuple[str, ...] = ()  # names as they are written, or indices as 2 or index:2; none means all
+    """Samples per class."""
+    classes: tuple[str, ...] = ()
+    """Classes to draw: names, or indices as 2 or index:2 (for a class named 2); empty: all classes."""
     seed: Seed = 0
+    """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
     batch_size: PositiveInt = 50
-    # auto: bf16 on a GPU that computes it; fp32 on a CPU, where bits would depend on the size of a batch
+    """Samples drawn at a time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", exclude_if=lambda value: value == "auto")
+    """Precision of the model; auto: bf16 on a GPU that supports it, else fp32 (same bits for any batch
+    size on a CPU)."""
 
 
 class Evaluate(Section):
-    """What samples are measured with, and how many (docs/evaluation.md)."""
+    """How samples are measured against real images (docs/evaluation.md)."""
 
-    # auto: inception or dinov2, whose weights are on this machine, else effnet_lite0, which needs no download
     network: Literal["auto", "effnet_lite0", "inception", "dinov2"] = "auto"
-    weights: LocalPath | None = None  # a file with the network's weights; else they are downloaded once
-    images: PositiveInt = 5_000  # samples, as many of each class
-    reference: Literal["training", "heldout"] = "training"  # real images that they are compared with
+    """Feature network; auto: inception or dinov2 if its weights are on this machine, else effnet_lite0 (no
+    download)."""
+    weights: LocalPath | None = None
+    """File with the network's weights; null: use the cached or published file."""
+    images: PositiveInt = 5_000
+    """Number of samples to draw, the same number of each class."""
+    reference: Literal["training", "heldout"] = "training"
+    """Real images that samples are compared with."""
 
 
 class Config(Section):
-    """One experiment."""
+    """One experiment: all sections of a config file."""
 
     name: str = "solids"
+    """Name of the experiment and of its run folder; default: the config file's name without .yaml."""
     data: Data = Data()
+    """Where the images come from."""
     vae: Vae = Vae()
+    """The frozen autoencoder."""
     cache: Cache = Cache()
+    """Where and how latents are stored."""
     model: Model = Model()
+    """The U-Net."""
     noise: Noise = Noise()
+    """The diffusion process."""
     train: Train = Train()
+    """Training."""
     sample: Sample = Sample()
+    """Sampling."""
     evaluate: Evaluate = Evaluate()
+    """Evaluation."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         if self.evaluate.reference == "heldout" and self.data.heldout is None:
-            raise ValueError("evaluate.reference = heldout: no images are held out: give data.heldout")
+            raise ValueError("evaluate.reference = heldout: there are no held-out images: give data.heldout")
         check_weighting(self.train.weighting, self.noise.zero_terminal_snr)
         check_sampler(self.sample.scheduler, self.sample.steps, self.noise.schedule)
         return self
 
 
 def check_outputs(config: Config, run: Path) -> None:
-    """ValueError when the cache or the run would lie among the images, which the next encode would take for images."""
+    """Raise ValueError if the cache or the run is inside the image folder, where its files could be read as images."""
     images = Path(config.data.source).expanduser()
     if not images.is_dir():  # an archive, a pattern, a URL or solids
         return
     for name, path in (("cache.path", config.cache.path), ("--run", run)):
         if path.expanduser().resolve().is_relative_to(images.resolve()):
             raise ValueError(
-                f"{name} = {path}: it lies inside data.source = {config.data.source}, where what is written would be"
-                " taken for images: choose a folder elsewhere"
+                f"{name} = {path}: it is inside data.source = {config.data.source}, where written files would be"
+                " mistaken for images: choose another folder"
             )
 
 
 def heldout_path(config: Config) -> Path | None:
-    """Where the latents of the held-out images are kept: beside the cache."""
+    """Return the cache folder of the held-out images, which is beside `cache.path`; None if none are held out."""
     return config.cache.path.with_name(config.cache.path.name + "-heldout") if config.data.heldout else None
 
 
 def features_path(config: Config) -> Path:
-    """Where features of the images of the caches are kept: beside them."""
+    """Return the folder of the images' evaluation features, which is beside `cache.path`."""
     return config.cache.path.with_name(config.cache.path.name + "-features")
 
 
-def parts_of(config: Config) -> list[Config]:
-    """`config` once for each of its caches: that of the images of training and, where some are held out, theirs."""
+def cache_configs(config: Config) -> list[Config]:
+    """Return one config per cache: for the training images and, if there are any, for the held-out images."""
     heldout = heldout_path(config)
     others = [config.model_copy(update={"cache": config.cache.model_copy(update={"path": heldout})})] if heldout else []
     return [config, *others]

@@ -1,4 +1,4 @@
-"""Reading a config from YAML, with `--set key=value` on top, and writing the resolved one."""
+"""Read a config from YAML, apply `--set key=value` overrides, and write the resolved config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.storage import read
 from data.text import brief
 from pipeline.config import Config
 
-_TEXTS = (
+_TEXT_KEYS = (
     "name",
     "heldout",
     "weights",
@@ -25,12 +25,12 @@ _TEXTS = (
     "matte",
     "image_column",
     "label_column",
-)  # keys whose values stay as they are written
+)  # keys whose values are always text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal (`010` is ten, `1e-4` is a number, `12:30` is none), whose names stay as they are
-    written, and in which a key given twice is an error."""
+    """Loads YAML with decimal numbers (`010` is ten, `1e-4` is a number, `12:30` is not), keeps the text of names, and
+    rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -38,13 +38,13 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ValueError(f"line {node.start_mark.line + 1}: {key} is given twice")
         self.flatten_mapping(node)
-        node.value = [(key, _as_written(key.value, value)) for key, value in node.value]
+        node.value = [(key, _keep_text(key.value, value)) for key, value in node.value]
         return super().construct_mapping(node, deep)
 
 
-def _as_written(key: str, node: yaml.Node) -> yaml.Node:
-    """The value of `key` with words that stay as they are written: a folder may be called 007, a class no or 1e3."""
-    if key in _TEXTS and isinstance(node, yaml.ScalarNode) and node.tag != _NULL:
+def _keep_text(key: str, node: yaml.Node) -> yaml.Node:
+    """Return the value of `key`, where names are kept as text: a folder can be named 007, a class no or 1e3."""
+    if key in _TEXT_KEYS and isinstance(node, yaml.ScalarNode) and node.tag != _NULL:
         return yaml.ScalarNode(_TEXT, node.value)
     if key != "classes":
         return node
@@ -72,9 +72,9 @@ _Loader.add_constructor(_INT, lambda loader, node: int(node.value.replace("_", "
 
 
 def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `file`, apply `key=value` overrides (values are YAML), check everything.
+    """Read the config in `file`, apply `key=value` overrides (values are YAML), and check all fields.
 
-    ValueError names the file, the field and the value of the first thing that is wrong.
+    ValueError names the file, the field and the value of the first error.
     """
     if not file.is_file():
         raise ValueError(f"--config: no such file: {file}")
@@ -86,7 +86,7 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: a config is a mapping of sections, this is a {type(values).__name__}")
+        raise ValueError(f"{file}: a config must be a mapping of sections, this is a {type(values).__name__}")
     values = {key: {} if value is None else value for key, value in values.items()}  # a section without keys
     for override in overrides:
         _override(values, override)
@@ -95,7 +95,7 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def check_config(values: Mapping[str, Any], where: str) -> Config:
-    """The config of these sections; ValueError names what is wrong first, `where` they are from, and the field."""
+    """Check the sections and return their Config; ValueError names the first error, its field, and `where` it is."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -103,7 +103,7 @@ def check_config(values: Mapping[str, Any], where: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    """Return the resolved config as YAML, which `load_config` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -117,22 +117,22 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {section} is not a section")
     try:
-        values.update(_given(last, text))
+        values.update(_parse_override(last, text))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--set {override}: {' '.join(str(error).split())}") from None
 
 
-def _given(key: str, text: str) -> dict[str, Any]:
-    """`key` and its value on the command line, which is YAML but for two things: a path may hold what YAML gives a
-    meaning, unless it is quoted, and a value that begins with # is no remark."""
-    literal = text.startswith("#") or (key in _TEXTS and text not in ("", "~", "null") and text[0] not in "'\"")
+def _parse_override(key: str, text: str) -> dict[str, Any]:
+    """Parse a value of the command line as YAML, with two exceptions: an unquoted path can contain YAML's special
+    characters, and a value that begins with # is not a comment."""
+    literal = text.startswith("#") or (key in _TEXT_KEYS and text not in ("", "~", "null") and text[0] not in "'\"")
     loader = _Loader("" if literal else text)
     value = yaml.ScalarNode(_TEXT, text) if literal else loader.get_single_node() or yaml.ScalarNode(_NULL, "")
     return loader.construct_document(yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode(_TEXT, key), value)]))
 
 
 def _explain(error: Any) -> str:
-    # a section, a field, and a place in it; the rest is pydantic's name for one of several types
+    # keep section, field and list index; the other parts are pydantic's names of the alternatives of a union type
     loc = [part for depth, part in enumerate(error["loc"]) if depth < 2 or isinstance(part, int)]
     *parents, last = [str(part) for part in loc] or [""]
     field = ".".join([*parents, last])

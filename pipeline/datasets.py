@@ -1,4 +1,4 @@
-"""The images that a config names, those of training and those that are held out, and those of latents."""
+"""Open the training and held-out images that a config names, and read decoded latents as images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from data.sources.base import Batch, Source
 from data.sources.files import open_source
 from data.sources.heldout import Subset, open_heldout
 from data.text import counted, printable
-from pipeline.config import Config, heldout_path, parts_of
+from pipeline.config import Config, cache_configs, heldout_path
 from pipeline.vae import FrozenVae, to_images
 
-BATCH = 16  # latents that are decoded at a time
+BATCH = 16  # latents decoded at a time
 
 
 def open_config_sources(config: Config) -> list[Source]:
-    """The images of training and, where `data.heldout` is given, those that are held out."""
+    """Open the training images and, if `data.heldout` is given, the held-out images."""
     settings = config.data
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
     size = settings.image_size
@@ -35,13 +35,13 @@ def open_config_sources(config: Config) -> list[Source]:
 
 
 def cached_sources(config: Config) -> list[Source]:
-    """The images that the caches of `config` were made from, in their order and with their numbers of the classes; as
-    they are listed where there is no cache.
+    """Open the images that the caches of `config` were made from, in the order and with the class numbers of the cache.
 
-    ValueError where they have changed since they were encoded, or are brought to pixels otherwise.
+    Without a cache they are in the order of the data set. ValueError if the images or their preprocessing have changed
+    since they were encoded.
     """
     sources: list[Source] = []
-    for part, source in zip(parts_of(config), open_config_sources(config), strict=True):
+    for part, source in zip(cache_configs(config), open_config_sources(config), strict=True):
         path = part.cache.path
         if (path / MANIFEST).exists():
             manifest = Manifest.load(path)
@@ -50,12 +50,12 @@ def cached_sources(config: Config) -> list[Source]:
                 ("preprocessing", manifest.preprocessing, source.preprocessing),
             ):
                 if cached != now:
-                    raise ValueError(f"{path}: its {name} is {cached}, of {source.name} it is {now}: encode again")
+                    raise ValueError(f"{path}: its {name} is {cached}, but {source.name} has {now}: encode again")
             rows, change = Rows.aligned(source, path, manifest)
-            for keys, what in ((change.gone, "gone"), (change.edited, "changed"), (change.added, "new")):
+            for keys, what in ((change.gone, "missing"), (change.edited, "changed"), (change.added, "new")):
                 if keys:
                     count = f"{counted(len(keys), 'image')} {what}, such as {printable(keys[0])}"
-                    raise ValueError(f"{path}: {source.name} is not what was encoded: {count}: encode again")
+                    raise ValueError(f"{path}: {source.name} has changed since it was encoded: {count}: encode again")
             aligned = Subset(source, rows.order, source.name)
             aligned.labels, aligned.classes = rows.labels, rows.classes
             source = aligned
@@ -64,17 +64,19 @@ def cached_sources(config: Config) -> list[Source]:
 
 
 def source_of(config: Config, cache: Path) -> Source:
-    """The images of training, or the held-out ones where `cache` is that of these."""
+    """Open the images of the cache at `cache`: the held-out images if it is their cache, else the training images."""
     heldout = heldout_path(config)
     return open_config_sources(config)[int(heldout is not None and cache.resolve() == heldout.resolve())]
 
 
 class DecodedLatents:
-    """The images of a latent cache, decoded from the first view's means as they are asked for (see
-    `pipeline.evaluation.features.Images`)."""
+    """Decodes images on demand from the means of the first view in a latent cache.
+
+    Implements `pipeline.evaluation.features.Images`.
+    """
 
     def __init__(self, cache: LatentCache, vae: FrozenVae) -> None:
-        """ValueError when `vae` is not the one whose latents these are."""
+        """Raise ValueError if `vae` is not the VAE that made the cache."""
         vae.check(cache.manifest.vae, cache.path)
         self.cache, self.vae = cache, vae
         self.keys: Sequence[str] = cache.keys()
@@ -85,7 +87,7 @@ class DecodedLatents:
         return self.cache.manifest.sha256()
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Batches of one size are decoded, the last one filled up, so that no bit depends on which are asked for."""
+        """Decode the images at `indices`, in batches of fixed size, so that the bits do not depend on the selection."""
         chosen = np.asarray(indices, np.int64)
         images = []
         for start in range(0, len(chosen), BATCH):

@@ -1,4 +1,4 @@
-"""The device that a stage runs on."""
+"""Choose the device, its number types, and the number of worker processes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 _MAX_PROCESSES = 32
 _DRIVER = Path("/proc/driver/nvidia/version")
-_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's share of the machine, in microseconds a period
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU limit: microseconds of CPU time, and of the period
 
 
-def process_count(asked: int | str) -> int:
-    """How many processes work beside this one: `asked` or, if that is auto, one for each core of this process."""
-    if asked != "auto":
-        return int(asked)
+def process_count(requested: int | str) -> int:
+    """Return the number of worker processes: `requested` or, for auto, one per core available to this process."""
+    if requested != "auto":
+        return int(requested)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if _CPU_LIMIT.is_file() and (quota := _CPU_LIMIT.read_text(encoding="ascii").split())[0] != "max":
         cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
@@ -24,32 +24,32 @@ def process_count(asked: int | str) -> int:
 
 
 def local_processes() -> int:
-    """How many processes were started together on this machine, as torchrun says."""
+    """Return how many processes torchrun started on this machine (LOCAL_WORLD_SIZE)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def gains_from_bf16(device: torch.device) -> bool:
-    """Whether bf16 is quicker than float32 on `device`."""
+def bf16_is_faster(device: torch.device) -> bool:
+    """Return whether bf16 is faster than float32 on `device`."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    # an Intel core multiplies float32 in two units and AVX512-BF16 in one, so that only AMX makes bf16 worth its casts
+    # an Intel core has two units for float32 and one for AVX512-BF16, so bf16 pays for its casts only with AMX
     intel = str(has.get("cpu_name", "")).startswith("Intel")
     return bool(has.get("amx_bf16") or (has.get("avx512_bf16") and not intel))
 
 
 def sampling_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What a model runs under autocast to when samples are drawn; None for float32."""
+    """Return the autocast type of the model during sampling; None for float32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and gains_from_bf16(device) else "fp32"
+        precision = "bf16" if device.type == "cuda" and bf16_is_faster(device) else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process, Apple's included, or the CPU; ACCELERATE_USE_CPU=true asks for that, as in training.
+    """Return this process's GPU (CUDA or Apple's MPS), or the CPU; ACCELERATE_USE_CPU=true forces the CPU.
 
-    On a GPU, float32 is multiplied in TensorFloat-32 where it has that, as cuDNN's convolutions are by themselves.
-    ValueError where there is an NVIDIA GPU that this build of torch cannot use: on the CPU all would take days.
+    On an NVIDIA GPU this turns on TensorFloat-32 for float32 matrix products, as it is by default for convolutions.
+    ValueError if there is an NVIDIA GPU that this build of torch cannot use: on the CPU everything would take days.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
@@ -62,10 +62,10 @@ def pick_device() -> torch.device:
         build = (
             f"is built for CUDA {torch.version.cuda}, for which the driver may be too old"
             if torch.version.cuda
-            else ("is a build without CUDA")
+            else "is a build without CUDA"
         )
         raise ValueError(
             f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU; it {build}: install another"
-            " one, as `rm -r .venv; make setup TORCH=cu126`, or set ACCELERATE_USE_CPU=true to use the CPU"
+            " build, such as `rm -r .venv; make setup TORCH=cu126`, or set ACCELERATE_USE_CPU=true to use the CPU"
         )
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What a step costs, known before it is taken: the model runs on the meta device, which computes and stores nothing."""
+"""Compute the FLOPs and memory of a training step in advance, with the model on the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.unet import LatentUNet
 
-# dense, without sparsity, in TFLOP/s: from the manufacturers' data sheets; the first name that fits counts
+# dense TFLOP/s in 16 bits and in (tensor) float32, from the manufacturers' data sheets; the first matching name counts
 _PEAKS = {
     "B200": (2250.0, 1125.0),
     "H200": (989.0, 494.5),
@@ -33,15 +33,18 @@ _PEAKS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """`flops` of one image's forward and backward pass (a multiplication and an addition are two); `kept_bytes` that
-    autograd keeps of one image for the backward pass, in float32."""
+    """Holds the cost of one image's forward and backward pass.
+
+    `flops`: a multiplication and an addition count as two; `kept_bytes`: the activations that autograd keeps for the
+    backward pass, in float32.
+    """
 
     flops: int
     kept_bytes: int
 
     @classmethod
     def of(cls, model: LatentUNet) -> Cost:
-        """Of a training step of a model like this one: the backward pass is taken as twice the forward pass."""
+        """Compute the cost of a training step of `model`; the backward pass counts as twice the forward pass."""
         with torch.device("meta"):
             twin = LatentUNet.from_config(model.config)
             size = model.config["sample_size"]
@@ -50,7 +53,7 @@ class Cost:
         if model.is_gradient_checkpointing:
             twin.enable_gradient_checkpointing()
         own = {parameter.untyped_storage()._cdata for parameter in twin.parameters()}
-        kept: dict[int, Tensor] = {}  # by storage: several operations keep the same one
+        kept: dict[int, Tensor] = {}  # by storage, because several operations can keep the same one
 
         def pack(tensor: Tensor) -> Tensor:
             kept[tensor.untyped_storage()._cdata] = tensor
@@ -63,7 +66,7 @@ class Cost:
 
 
 def peak_flops(device_name: str, *, half: bool) -> float | None:
-    """FLOP/s that a GPU can reach with its matrix units, in 16 bits or in (tensor) float32; None for an unknown one."""
+    """Return a GPU's peak FLOP/s on its matrix units, in 16 bits (`half`) or (tensor) float32; None if unknown."""
     for name, (low, full) in _PEAKS.items():
         if re.search(rf"\b{name}\b", device_name):
             return (low if half else full) * 1e12
@@ -71,13 +74,16 @@ def peak_flops(device_name: str, *, half: bool) -> float | None:
 
 
 def fitting_rows(model: LatentUNet, free_bytes: int, *, averages: int, half: bool) -> int:
-    """Images that a process can train on at once in `free_bytes`."""
+    """Return how many images a process can train on at once in `free_bytes` of memory."""
     fixed, image = training_bytes(model, averages=averages, half=half)
     return max(int((free_bytes - fixed) / image), 0)
 
 
 def training_bytes(model: LatentUNet, *, averages: int, half: bool) -> tuple[int, float]:
-    """Bytes that training takes: weights, gradients, two moments and averages; and for each image what autograd keeps
-    of it, in 16 bits with `half`, and half as much again for what an operation needs in passing."""
+    """Return the bytes that training needs: a fixed part, and a part per image.
+
+    The fixed part is weights, gradients, two optimizer moments and `averages`. The part per image is what autograd
+    keeps, in 16 bits with `half`, plus half of that for temporary buffers.
+    """
     fixed = 4 * (4 + averages) * sum(parameter.numel() for parameter in model.parameters())
     return fixed, 1.5 * Cost.of(model).kept_bytes * (0.5 if half else 1)

@@ -1,4 +1,4 @@
-"""From cached moments to normalised latents, and the random numbers of one training step."""
+"""Sample and normalise latents from cached moments, and draw the random numbers of a training step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipeline.seeds import coordinate_seed
 
 @dataclass(frozen=True)
 class Normalization:
-    """Latents to zero mean and unit variance a channel, and back; `mean` and `std` have one entry a channel."""
+    """Normalises latents to zero mean and unit variance per channel, and back; `mean`, `std` have one entry each."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """`B C h w` as the VAE has them -> as the model sees them."""
+        """Convert latents `B C h w` from the scale of the VAE to that of the model."""
         mean, std = self._columns(latents)
         return (latents - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
+        """Convert latents `B C h w` from the scale of the model back to that of the VAE."""
         mean, std = self._columns(latents)
         return latents * std + mean
 
@@ -35,7 +35,7 @@ class Normalization:
 
 @functools.cache
 def _columns(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both as `C 1 1`, kept on the device: a copy to a GPU in every step would wait for it."""
+    """Return mean and std as `C 1 1`, cached on the device: copying them to a GPU in every step would block."""
     with torch.inference_mode(False):
         columns = torch.tensor([mean, std], device=device)[:, :, None, None]
     return columns[0], columns[1]
@@ -43,14 +43,16 @@ def _columns(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devi
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step: drawn for the whole batch and then cut into each process's part, so that they
-    do not depend on the number of processes."""
+    """Holds the random numbers of one step: noise, timesteps, posterior samples, views and dropped labels.
+
+    They are drawn for the whole batch and then split, so that they do not depend on the number of processes.
+    """
 
     views: Tensor  # B int64
     posterior: Tensor  # B C h w
     times: Tensor  # B
     noise: Tensor  # B C h w
-    dropped: Tensor  # B bool: whose label becomes the null class
+    dropped: Tensor  # B bool: True where the label becomes the null class
 
     @classmethod
     def at(
@@ -64,23 +66,23 @@ class Draws:
         label_dropout: float,
         device: torch.device,
     ) -> Draws:
-        """The draws of `step` for a batch of latents of `shape` (`B C h w`)."""
+        """Draw the random numbers of `step` for a batch of latents of `shape` (`B C h w`), from (seed, step)."""
         generator = torch.Generator(device).manual_seed(coordinate_seed("train", seed, step))
         return cls(
             views=torch.randint(views, shape[:1], generator=generator, device=device),
             posterior=torch.randn(shape, generator=generator, device=device),
-            times=noise.draw_times(shape[0], generator),
+            times=noise.draw_timesteps(shape[0], generator),
             noise=torch.randn(shape, generator=generator, device=device),
             dropped=torch.rand(shape[:1], generator=generator, device=device) < label_dropout,
         )
 
     def part(self, rows: slice) -> Draws:
-        """The rows of one process."""
+        """Return the rows of one process or micro-batch."""
         return Draws(self.views[rows], self.posterior[rows], self.times[rows], self.noise[rows], self.dropped[rows])
 
 
 def draw_latents(moments: Tensor, draws: Draws, channels: int) -> Tensor:
-    """A latent from the posterior of each image's drawn view: `B V 2C h w` (or `C`, means alone) -> `B C h w`."""
+    """Sample latents from the posterior of each image's chosen view: `B V 2C h w` (or `C`: only means) -> `B C h w`."""
     chosen = moments[torch.arange(len(moments), device=moments.device), draws.views].float()
     mean, std = chosen[:, :channels], chosen[:, channels:]
     return mean + std * draws.posterior if std.shape[1] else mean

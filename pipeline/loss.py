@@ -1,4 +1,4 @@
-"""One training example's way from cached moments to a loss, with all of its randomness from coordinates."""
+"""The training loss: add noise to latents, predict the target, and weight the error by noise level."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from torch import Tensor, nn
 from pipeline.noise import NoiseProcess
 from pipeline.unet import LatentUNet, timestep_embedding
 
-_FEATURES = 64  # of a timestep, for the learned weighting
+_FEATURES = 64  # width of the timestep embedding for the learned weighting
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass is about."""
+    """Holds the inputs of one forward and backward pass."""
 
     latents: Tensor  # B C h w, normalised
     noise: Tensor  # B C h w
     times: Tensor  # B, timesteps
-    classes: Tensor  # B int64, of which some are the null class
+    classes: Tensor  # B int64; dropped labels are already the null class
 
 
 class Objective(nn.Module):
-    """The model and its loss: the one module that is called in a step, and so wrapped for many processes.
+    """Combines the model and its loss in one module, so that DDP or FSDP can wrap both.
 
     `weighting` is plain; min_snr (`NoiseProcess.min_snr`); or learned: error / exp(u) + u, where u learns the logarithm
-    of the error at each timestep, so that all of them weigh alike (Kendall et al. 2018; Karras et al. 2024, "Analyzing
-    and improving the training dynamics of diffusion models", section 2 and appendix A).
+    of the error at each timestep, so that all timesteps have equal weight (Kendall et al. 2018; Karras et al. 2024,
+    "Analyzing and improving the training dynamics of diffusion models", section 2 and appendix A). `direction` and
+    `contrastive` are the weights of two extra terms: 1 - cosine(prediction, target), and minus the error to the target
+    of another image.
     """
 
     def __init__(
@@ -43,14 +45,16 @@ class Objective(nn.Module):
         self.model, self.noise, self.weighting = model, noise, weighting
         self.direction, self.contrastive = direction, contrastive
         self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
-        if self.uncertainty is not None:  # u = 0: the plain loss at first
+        if self.uncertainty is not None:  # start at u = 0, the plain loss
             nn.init.zeros_(self.uncertainty.weight)
             nn.init.zeros_(self.uncertainty.bias)
 
     def forward(self, latents: Tensor, noise: Tensor, times: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latents and noise `B C h w`, timesteps `B`, classes int64 `B` -> the loss, and each image's mean
-        squared error `B`, unweighted and without gradient."""
-        noisy = self.noise.corrupt(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        """Return the loss and each image's mean squared error `B`, unweighted and without gradient.
+
+        `latents` (normalised) and `noise` are `B C h w`, `times` are timesteps `B`, `classes` int64 `B`.
+        """
+        noisy = self.noise.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
         prediction = self.model(noisy, times, classes).sample.float()
         target = self.noise.target(latents, noise, times)
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -66,7 +70,7 @@ class Objective(nn.Module):
         if self.weighting == "min_snr":
             return errors * self.noise.min_snr(times)
         if self.uncertainty is not None:
-            with torch.autocast(times.device.type, enabled=False):  # which would round the weights of the loss
+            with torch.autocast(times.device.type, enabled=False):  # autocast would round the loss weights
                 logarithm = self.uncertainty(timestep_embedding(times, _FEATURES)).flatten()
             return errors * (-logarithm).exp() + logarithm
         return errors

@@ -1,4 +1,4 @@
-"""Muon for matrices and kernels: momentum whose singular values are all brought near one (Jordan 2024,
+"""The Muon optimizer for matrices and convolution kernels: momentum with all singular values near one (Jordan 2024,
 https://kellerjordan.github.io/posts/muon/)."""
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial, by Jordan 2024: steep at 0, within 0.7..1.2 near 1
-_SPANS = (2, 3)  # five iterations; X X' is computed anew between them, since errors in it grow, in TensorFloat-32 most
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan 2024's odd polynomial: steep at 0, values 0.7..1.2 near 1
+_SPANS = (2, 3)  # five iterations in two groups; X X' is recomputed between them, as its errors grow (TensorFloat-32)
 _SMALL = 1e-7
 
 
 class Muon(Optimizer):
     """Moves each parameter along its orthogonalised Nesterov momentum, with decoupled weight decay.
 
-    torch's own takes matrices alone, and computes in bfloat16, which many CPUs have no instructions for. Here a kernel
-    `O I h w` is the matrix `O hwI`, and parameters of one shape are orthogonalised together. The root mean square of a
-    step is 0.2 `lr`, about that of AdamW, so that one learning rate serves both (Liu et al. 2025, "Muon is scalable for
-    LLM training", equation 4). A step changes nothing while the tensor `found_inf` is 1, as in fused AdamW.
+    torch.optim.Muon accepts only matrices and computes in bfloat16, which many CPUs have no instructions for. Here a
+    kernel `O I h w` is the matrix `O hwI`, and parameters of one shape are orthogonalised together. The root mean
+    square of a step is 0.2 `lr`, about that of AdamW, so that both can use one learning rate (Liu et al. 2025, "Muon is
+    scalable for LLM training", equation 4). A step changes nothing while the tensor `found_inf` is 1, as in fused
+    AdamW.
     """
 
     found_inf: Tensor | None = None
@@ -35,7 +36,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             alike: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
@@ -51,13 +52,13 @@ class Muon(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        share: Tensor | float = 1.0  # of the step that is taken
+        share: Tensor | float = 1.0  # 1: take the step; 0: skip it
         if self.found_inf is not None:
             bad, share = self.found_inf > 0, 1 - self.found_inf
-            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]  # none is NaN
+            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]  # no NaN
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
-        steps = orthogonalize(torch.stack([each.movedim(1, -1).flatten(1) for each in ahead]))  # as channels_last lies
+        steps = orthogonalize(torch.stack([each.movedim(1, -1).flatten(1) for each in ahead]))  # channels_last
         size = 0.2 * max(steps.shape[1:]) ** 0.5
         if self.found_inf is not None:
             steps = steps * share
@@ -68,10 +69,10 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """float32 `N R C` -> the same singular vectors with all singular values near one (0.7 to 1.2), zeros as they are.
+    """Set all nonzero singular values of each matrix near one (0.7 to 1.2); float32 `N R C` -> the same shape.
 
-    Each Newton-Schulz iteration X <- a X + b (X X') X + c (X X')^2 X is a symmetric matrix times X, made of powers of
-    X X' alone. So those matrices are multiplied first, on the shorter side, and X once at the end of a span of
+    Each Newton-Schulz iteration X <- a X + b (X X') X + c (X X')^2 X multiplies X by a symmetric matrix that is a
+    polynomial of X X'. So these matrices are multiplied first, on the shorter side, and then X once for several
     iterations (Dao et al. 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz).
     """
     tall = matrices.shape[1] > matrices.shape[2]
@@ -83,7 +84,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _iterate(gram: Tensor, iterations: int) -> Tensor:
-    """The matrix that some iterations multiply X by, of `gram`, X X'."""
+    """Return the matrix by which that many iterations multiply X; `gram` is X X'."""
     a, b, c = _COEFFICIENTS
     product = None
     for iteration in range(iterations):

@@ -1,8 +1,8 @@
-"""The forward process: how latents become noise, what the model learns to predict, at which timesteps and weights.
+"""The forward process: noise schedule, adding noise, prediction targets, timestep distribution and min-SNR weights.
 
-One form holds for all: x_t = alpha_t x_0 + sigma_t e. For DDPM's discrete schedules alpha_t^2 + sigma_t^2 = 1
+All schedules have the form x_t = alpha_t x_0 + sigma_t e. For DDPM's discrete schedules alpha_t^2 + sigma_t^2 = 1
 (Ho et al. 2020, equation 4); for flow matching alpha_t = 1 - t, sigma_t = t (Lipman et al. 2023; Liu et al. 2023).
-The model is told the timestep on a scale of 0..1000 in both cases.
+In both cases the model gets the timestep on a scale of 0..1000.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from torch import Tensor
 
 from pipeline.compatibility import STEPS, check_noise
 
-LEVELS = 10  # parts of the timesteps in which losses are logged
+LEVELS = 10  # noise levels (equal ranges of timesteps) for which losses are logged
 
 
 @dataclass(frozen=True)
 class NoiseProcess:
-    """`schedule` is linear, scaled_linear (Rombach et al. 2022), cosine or flow; `prediction` epsilon, x0, v or flow;
-    `timesteps` uniform or logit_normal. `zero_terminal_snr` rescales a discrete schedule until its last step is pure
+    """Defines the noise schedule, the prediction target and the distribution of training timesteps.
+
+    `schedule` is linear, scaled_linear (Rombach et al. 2022), cosine or flow; `prediction` epsilon, x0, v or flow;
+    `timesteps` uniform or logit_normal. `zero_terminal_snr` rescales a discrete schedule so that its last step is pure
     noise (Lin et al. 2024, algorithm 1). `shift` s moves flow's timesteps t, in training and sampling, towards noise: t
-    becomes s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23). ValueError, with the reason, for a pair that cannot
-    work.
+    becomes s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23). ValueError, with the reason, for settings that do
+    not work together.
     """
 
     schedule: str
@@ -39,32 +41,32 @@ class NoiseProcess:
     def __post_init__(self) -> None:
         check_noise(self.schedule, self.prediction, self.zero_terminal_snr, self.shift)
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` timesteps in 0..1000, float32; whole numbers below 1000 for the discrete schedules.
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw `count` training timesteps in 0..1000, float32; whole numbers below 1000 for the discrete schedules.
 
         logit_normal: the logistic function of a standard normal draw (Esser et al. 2024, section 3.1).
         """
         if self.timesteps == "uniform":
-            share = torch.rand(count, generator=generator, device=generator.device)
+            t = torch.rand(count, generator=generator, device=generator.device)
         else:
-            share = torch.randn(count, generator=generator, device=generator.device).sigmoid()
-        return self.times_at(self.shifted(share))
+            t = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+        return self.timesteps_at(self.apply_shift(t))
 
-    def shifted(self, share: Any) -> Any:
-        """Shares 0..1 of the timesteps, a tensor or an array, moved by `shift`."""
-        return self.shift * share / (1 + (self.shift - 1) * share)
+    def apply_shift(self, t: Any) -> Any:
+        """Shift flow times t in 0..1 (a tensor or an array) by `shift`."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def times_at(self, share: Tensor) -> Tensor:
-        """The timesteps at shares 0..1 of their range, of any shape."""
-        return share * STEPS if self.schedule == "flow" else (share * STEPS).floor().clamp(max=STEPS - 1)
+    def timesteps_at(self, t: Tensor) -> Tensor:
+        """Convert times t in 0..1, of any shape, to timesteps in 0..1000."""
+        return t * STEPS if self.schedule == "flow" else (t * STEPS).floor().clamp(max=STEPS - 1)
 
-    def time_density(self, times: Tensor) -> Tensor:
-        """How often `draw_times` comes to timesteps `B`, relative to uniform draws: the mean over all timesteps is 1.
+    def timestep_density(self, times: Tensor) -> Tensor:
+        """Return the density of `draw_timesteps` at timesteps `B`, relative to uniform: its mean over all of them is 1.
 
         logit_normal: exp(-logit(t)^2 / 2) / (sqrt(2 pi) t (1 - t)), 0 < t < 1 (Esser et al. 2024, section 3.1), at the
-        t that is shifted to `times`, and times the slope of t there.
+        t that the shift maps to `times`, multiplied by the derivative of t there.
         """
-        middle = times if self.schedule == "flow" else times + 0.5  # a whole number n is drawn for n..n+1
+        middle = times if self.schedule == "flow" else times + 0.5  # a whole number n stands for the range n..n+1
         place = (middle / STEPS).clamp(1e-6, 1 - 1e-6)
         below = self.shift - (self.shift - 1) * place
         t, slope = place / below, self.shift / below**2
@@ -73,7 +75,7 @@ class NoiseProcess:
         return slope * (t.logit().square() / -2).exp() / (math.sqrt(2 * math.pi) * t * (1 - t))
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, each `B 1 1 1` float32."""
+        """Return alpha_t and sigma_t at timesteps `B`, each `B 1 1 1` float32."""
         if self.schedule == "flow":
             sigma = times / STEPS
             alpha = 1 - sigma
@@ -82,13 +84,16 @@ class NoiseProcess:
             alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
-    def corrupt(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """x_t of latents x_0 and noise e, all `B C h w`."""
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Return noisy latents x_t = alpha_t x_0 + sigma_t e of latents x_0 and noise e, all `B C h w`."""
         alpha, sigma = self.coefficients(times)
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the model should say: e; x_0; v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D); e - x0."""
+        """Return what the model should predict.
+
+        epsilon: e; x0: x_0; v: alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D); flow: e - x_0.
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
@@ -99,13 +104,13 @@ class NoiseProcess:
         return alpha * noise - sigma * latents
 
     def min_snr(self, times: Tensor, gamma: float = 5.0) -> Tensor:
-        """Weights `B` that make an error in the prediction count min(SNR, gamma) in x0 (Hang et al. 2023, section 3.4).
+        """Return loss weights `B` that give an error in x_0 the weight min(SNR, gamma) (Hang et al. 2023, section 3.4).
 
         x_0 is x_t - sigma v for flow, alpha x_t - sigma v for v, (x_t - sigma e) / alpha for epsilon: the weight of the
         squared error is min(SNR, gamma) times the square of the factor before the prediction.
         """
         alpha, sigma = (column.flatten() for column in self.coefficients(times))
-        snr = (alpha / sigma.clamp(min=1e-6)).square()  # flow's latents without any noise have no finite ratio
+        snr = (alpha / sigma.clamp(min=1e-6)).square()  # avoids division by 0 at flow's timestep 0
         if self.prediction == "x0":
             return snr.clamp(max=gamma)
         if self.prediction == "epsilon":
@@ -113,7 +118,7 @@ class NoiseProcess:
         return snr.clamp(max=gamma) * sigma.square()
 
     def diffusers_options(self) -> dict[str, Any]:
-        """What diffusers' discrete schedulers are told of this process."""
+        """Return the options with which diffusers' discrete schedulers use this process."""
         return {
             "num_train_timesteps": STEPS,
             "beta_schedule": "squaredcos_cap_v2" if self.schedule == "cosine" else self.schedule,
@@ -124,15 +129,15 @@ class NoiseProcess:
 
 
 def noise_level(times: Tensor) -> Tensor:
-    """Which of `LEVELS` equal parts of the timesteps each of `times` lies in, int64: 0 is the least noisy."""
+    """Return the noise level 0..`LEVELS` - 1 of each timestep, int64; 0 is the least noisy."""
     return (times * (LEVELS / STEPS)).long().clamp(max=LEVELS - 1)
 
 
 @functools.cache
 def _alphas_cumprod(noise: NoiseProcess, device: torch.device) -> Tensor:
-    """Product of 1 - beta up to each step, `STEPS`: diffusers' own table, so that training and sampling agree.
+    """Return the product of 1 - beta up to each step, `STEPS`: diffusers' own table, so training and sampling agree.
 
-    It stays on the device: a copy to a GPU in every step would wait for it.
+    It is cached on the device: copying it to a GPU in every step would block.
     """
     scheduler = DDPMScheduler(**noise.diffusers_options())
     return scheduler.alphas_cumprod.to(device)

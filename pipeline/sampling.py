@@ -1,7 +1,8 @@
-"""Drawing latents: diffusers' schedulers, classifier-free guidance, and one generator an image.
+"""Sample latents: diffusers' schedulers, classifier-free guidance, and one random generator per image.
 
-`denoise(x, timestep)` maps noisy latents `B C h w` to the model's prediction; guidance wraps a model into one, and
-neither the loop nor the scheduler knows the network.
+`denoise(x, timestep)` maps noisy latents `B C h w` to the model's prediction. `classifier_free_guidance` makes this
+function from a model; the sampling loop and the scheduler do not depend on the network. To add a sampler, extend
+`make_scheduler` here, `check_sampler` in pipeline/compatibility.py and `Sample.scheduler` in pipeline/config.py.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
-    """The scheduler `name` (ddpm, ddim or euler), set to draw in `steps` from a model trained on `noise`.
+    """Create the sampler `name` (ddpm, ddim or euler): a diffusers scheduler with `steps` steps for `noise`.
 
-    `clip_sample` is off: it clips to -1..1, which suits pixels and ruins latents. ValueError for what does not go
-    together.
+    `clip_sample` is off: it clips to -1..1, which is right for pixels and wrong for latents. ValueError if sampler,
+    steps and noise schedule do not work together.
     """
     check_sampler(name, steps, noise.schedule)
     if name == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS)
-        # from 1 to 0, evenly but for the shift; diffusers' default puts the last evaluation at 0.001 and so wastes it
-        scheduler.set_timesteps(sigmas=noise.shifted(np.linspace(1, 1 / steps, steps)))
+        # from 1 to 0, evenly spaced before the shift; diffusers' default wastes the last step at sigma 0.001
+        scheduler.set_timesteps(sigmas=noise.apply_shift(np.linspace(1, 1 / steps, steps)))
         return scheduler
     kind = {"ddpm": DDPMScheduler, "ddim": _DDIM}[name]
     scheduler = kind(**noise.diffusers_options(), clip_sample=False)
@@ -45,16 +46,16 @@ def make_scheduler(name: str, noise: NoiseProcess, steps: int) -> Any:
 
 
 def trailing_timesteps(steps: int) -> NDArray[np.int64]:
-    """`steps` timesteps, evenly spaced and falling, the first of them the noisiest (Lin et al. 2024, section 3.3)."""
-    # where 1000 / steps rounds down, arange has one value more, at which diffusers asks for timestep -1
+    """Return `steps` evenly spaced, decreasing timesteps that start at the noisiest (Lin et al. 2024, section 3.3)."""
+    # rounding can give arange one value too many, for which diffusers would request timestep -1
     return np.round(np.arange(STEPS, 0, -STEPS / steps)[:steps]).astype(np.int64) - 1
 
 
 class _DDIM(DDPMScheduler):
-    """DDIM without added noise on any falling timesteps; diffusers' own goes back by 1000 // steps each time."""
+    """Deterministic DDIM for any decreasing timesteps; diffusers' DDIM supports only a step of 1000 // steps."""
 
     def step(self, prediction: Tensor, timestep: Tensor, x: Tensor, **_: Any) -> DDPMSchedulerOutput:
-        """From `timestep` to the next of the list, or to no noise after the last (Song et al. 2021, equation 12)."""
+        """Step from `timestep` to the next one, or to zero noise after the last (Song et al. 2021, equation 12)."""
         after = self.previous_timestep(timestep)
         now, then = self.alphas_cumprod[timestep], self.alphas_cumprod[after] if after >= 0 else self.one
         alpha, sigma = now.sqrt(), (1 - now).sqrt()
@@ -69,15 +70,18 @@ class _DDIM(DDPMScheduler):
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """A generator for every image, a function of (seed, index) alone; on the CPU, so that every device draws alike."""
+    """Return one generator per image, seeded by (seed, index); on the CPU, so that all devices get the same noise."""
     return [torch.Generator().manual_seed(coordinate_seed("sample", seed, index)) for index in indices]
 
 
-def guided(model: LatentUNet, labels: Tensor, scale: float, half: torch.dtype | None = None) -> Denoise:
-    """Classifier-free guidance: uncond + scale (cond - uncond) (Ho and Salimans 2021, equation 6, with scale = 1 + w).
+def classifier_free_guidance(
+    model: LatentUNet, labels: Tensor, scale: float, half: torch.dtype | None = None
+) -> Denoise:
+    """Return a function that predicts with guidance: uncond + scale (cond - uncond).
 
-    `labels` are int64 `B`. Scale 1 is the conditional model and 0 the unconditional one, at half the cost. The model
-    runs under autocast to `half`, if that is given; guidance and sampler stay in float32.
+    This is Ho and Salimans 2021, equation 6, with scale = 1 + w. `labels` are int64 `B`. Scale 1 is the conditional
+    model and 0 the unconditional one, both at half the cost. The model runs under autocast to `half` if it is given;
+    guidance and sampler stay in float32.
     """
     null = torch.full_like(labels, model.null_class)
 
@@ -96,7 +100,7 @@ def guided(model: LatentUNet, labels: Tensor, scale: float, half: torch.dtype | 
 
 
 @torch.inference_mode()
-def draw(
+def sampling_loop(
     denoise: Denoise,
     scheduler: Any,
     *,
@@ -104,11 +108,11 @@ def draw(
     generators: list[torch.Generator],
     device: torch.device,
 ) -> Tensor:
-    """Latents `B C h w` in the space of training, one for each of `generators`."""
+    """Run all sampling steps: return normalised latents `B C h w`, one for each of `generators`."""
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     x = noise.to(device).contiguous(memory_format=torch.channels_last) * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = {} if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else {"generator": generators}
-    times = torch.as_tensor(scheduler.timesteps, device=device)  # at once: each copy would wait for the device
+    times = torch.as_tensor(scheduler.timesteps, device=device)  # one copy: each copy blocks
     for timestep, time in zip(scheduler.timesteps, times, strict=True):
         prediction = denoise(x, time)
         x = scheduler.step(prediction, timestep, x, **extra).prev_sample
@@ -124,11 +128,15 @@ def draw_samples(
     indices: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Normalised latents `B C h w` of the classes `labels` int64 `B`, as `settings` say; sample i is a function of its
-    class, of `settings.seed` and of its number in `indices`, whatever is drawn beside it."""
+    """Draw normalised latents `B C h w` of the classes `labels` (int64 `B`) with sampler, steps and guidance of
+    `settings`.
+
+    Each sample depends only on its class, `settings.seed` and its number in `indices`, not on the rest of the batch.
+    """
     size = model.config["sample_size"]
-    return draw(
-        guided(model, labels.to(device), settings.guidance, sampling_dtype(settings.precision, device)),
+    half = sampling_dtype(settings.precision, device)
+    return sampling_loop(
+        classifier_free_guidance(model, labels.to(device), settings.guidance, half),
         make_scheduler(settings.scheduler, noise, settings.steps),
         shape=(model.config["in_channels"], size, size),
         generators=image_generators(settings.seed, indices),

@@ -1,4 +1,4 @@
-"""Seeds from coordinates: every random number of the project is a function of what it is for."""
+"""Seeds derived from coordinates such as (seed, step), so that every random number is reproducible on its own."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def coordinate_seed(*coordinates: int | str) -> int:
-    """63 bits from coordinates such as (seed, step): neighbouring seeds share nothing, as they would if added."""
+    """Hash coordinates such as ("train", seed, step) to a 63-bit seed: unlike sums, neighbours are independent."""
     return int.from_bytes(hashlib.sha256(repr(coordinates).encode()).digest()[:8], "big") >> 1

@@ -1,5 +1,6 @@
-"""The denoiser: a U-Net whose bottleneck is a stack of transformer blocks. Imports torch and diffusers alone, so that
-the file can travel with exported weights.
+"""The denoiser: a U-Net whose bottleneck is a stack of transformer blocks.
+
+It imports only torch and diffusers, so that this file can be copied next to exported weights.
 
 Shapes: `B C H W` feature maps, `T = H W` tokens of width `D`, `E` width of the conditioning vector.
 """
@@ -19,18 +20,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _Module = TypeVar("_Module", bound=nn.Module)
-GROUP_WIDTH = 16  # channels a normalisation group, where the channel count allows
+GROUP_WIDTH = 16  # channels per normalisation group, if the channel count allows it
 
 
 @dataclass
 class UNetOutput(BaseOutput):
-    """`sample`: the prediction, `B C H W`, as diffusers' own U-Nets return it."""
+    """Holds the prediction `sample`, `B C H W`, like the output of diffusers' own U-Nets."""
 
     sample: Tensor
 
 
 def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal features of `timesteps` (`B`, in 0..1000): float32 `B width` (Vaswani et al. 2017, section 3.5)."""
+    """Return sinusoidal features of `timesteps` (`B`, 0..1000): float32 `B width` (Vaswani et al. 2017, sec. 3.5)."""
     half = width // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps.float()[:, None] * frequencies
@@ -48,8 +49,11 @@ def _zero(module: _Module) -> _Module:
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, around a shortcut; the second norm is scaled and shifted by the condition
-    (Dhariwal and Nichol 2021, section 3). The last convolution starts at zero."""
+    """Applies GroupNorm, SiLU and a convolution, twice, and adds a shortcut.
+
+    The condition scales and shifts the second norm (Dhariwal and Nichol 2021, section 3). The last convolution starts
+    at zero.
+    """
 
     def __init__(self, channels_in: int, channels: int, condition: int, dropout: float) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`B C_in H W`, `B E` -> `B C H W`."""
+        """Map `B C_in H W` and the condition `B E` to `B C H W`."""
         scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
@@ -70,8 +74,10 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and a two-layer MLP, each behind AdaLN-Zero: the condition gives scale and shift of a LayerNorm
-    and a gate on the result, all zero at the start (Peebles and Xie 2023, section 3.2)."""
+    """Applies self-attention and an MLP, each with AdaLN-Zero (Peebles and Xie 2023, section 3.2).
+
+    The condition gives scale and shift of a LayerNorm and a gate on the result, all zero at the start.
+    """
 
     def __init__(
         self, width: int, condition: int, head_width: int, dropout: float, *, mlp: str = "gelu", qk_norm: bool = False
@@ -96,7 +102,7 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`B T D`, `B E` -> `B T D`."""
+        """Map tokens `B T D` and the condition `B E` to `B T D`."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -109,7 +115,7 @@ class TransformerBlock(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP of the same number of weights whose hidden layer is gated (Shazeer 2020)."""
+    """Applies an MLP with a gated hidden layer and about as many weights as the GELU one (Shazeer 2020)."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -119,13 +125,13 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`B T D` -> `B T D`."""
+        """Map tokens `B T D` to `B T D`."""
         gate, value = self.into(x).chunk(2, dim=-1)
         return self.out(self.dropout(F.silu(gate) * value))
 
 
 class TransformerBottleneck(nn.Module):
-    """A feature map as tokens with learnable positions, `depth` transformer blocks, and back."""
+    """Applies `depth` transformer blocks to a feature map, as tokens with learned position embeddings."""
 
     def __init__(
         self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float, **options: Any
@@ -138,7 +144,7 @@ class TransformerBottleneck(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`B D H W`, `B E` -> `B D H W`."""
+        """Map `B D H W` and the condition `B E` to `B D H W`."""
         tokens = x.flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             tokens = _run(block, tokens, condition, self.gradient_checkpointing)
@@ -146,7 +152,7 @@ class TransformerBottleneck(nn.Module):
 
 
 class ResidualBottleneck(nn.Module):
-    """The traditional bottleneck, for comparison: `depth` residual blocks."""
+    """Applies `depth` residual blocks: the traditional bottleneck, for comparison."""
 
     def __init__(self, width: int, condition: int, depth: int, dropout: float) -> None:
         super().__init__()
@@ -154,16 +160,16 @@ class ResidualBottleneck(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`B D H W`, `B E` -> `B D H W`."""
+        """Map `B D H W` and the condition `B E` to `B D H W`."""
         for block in self.blocks:
             x = _run(block, x, condition, self.gradient_checkpointing)
         return x
 
 
 class DownLevel(nn.Module):
-    """Residual blocks at one resolution, each with a skip connection, then a strided convolution to half of it.
+    """Applies residual blocks at one resolution, each with a skip connection, then a strided convolution to half of it.
 
-    `gradient_checkpointing` trades the blocks' memory for a second forward pass.
+    `gradient_checkpointing` saves the blocks' activation memory at the cost of a second forward pass.
     """
 
     def __init__(self, width: int, channels: int, blocks: int, condition: int, dropout: float, *, last: bool) -> None:
@@ -174,7 +180,7 @@ class DownLevel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
-        """`B C_in H W`, `B E` -> `B C H/2 W/2`; every feature map made on the way is added to `skips`."""
+        """Map `B C_in H W` and the condition `B E` to `B C H/2 W/2`; append every feature map to `skips`."""
         for block in self.blocks:
             x = _run(block, x, condition, self.gradient_checkpointing)
             skips.append(x)
@@ -185,8 +191,10 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks at one resolution, each reading a skip connection, then nearest-neighbour upsampling with a
-    convolution to the `up_to` channels of the next level; the last level has no `up_to`."""
+    """Applies residual blocks at one resolution, each with a skip connection as input, then upsampling.
+
+    Upsampling is nearest-neighbour with a convolution to the `up_to` channels of the next level (None: no upsampling).
+    """
 
     def __init__(
         self, width: int, skips: list[int], channels: int, condition: int, dropout: float, *, up_to: int | None
@@ -198,17 +206,17 @@ class UpLevel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
-        """`B C_in H W`, `B E` -> `B C_up 2H 2W`; a feature map a block is taken off `skips`."""
+        """Map `B C_in H W` and the condition `B E` to `B C_up 2H 2W`; pop one feature map per block from `skips`."""
         for block in self.blocks:
             x = _run(block, torch.cat([x, skips.pop()], dim=1), condition, self.gradient_checkpointing)
         return x if self.upsample is None else self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class LatentUNet(ModelMixin, ConfigMixin):
-    """Predicts noise, velocity or flow for noisy latents, given a timestep and a class.
+    """Predicts noise, x0, v or flow for noisy latents, given a timestep and a class.
 
-    `num_classes` counts the real classes; the null class of classifier-free guidance is the index `num_classes`.
-    With `patch_size` p, p x p latent positions are the channels of one position of the network.
+    `num_classes` counts the real classes; the null class of classifier-free guidance has the index `num_classes`.
+    With `patch_size` p, p x p latent positions become the channels of one position of the network.
     """
 
     _supports_gradient_checkpointing = True
@@ -269,6 +277,7 @@ class LatentUNet(ModelMixin, ConfigMixin):
 
     @property
     def null_class(self) -> int:
+        """Return the class index that stands for "no class" in classifier-free guidance."""
         return int(self.config["num_classes"])
 
     def forward(
@@ -278,8 +287,10 @@ class LatentUNet(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
-        """Noisy latents `B C H W`, timesteps in 0..1000 (`B` or a number), classes int64 `B` (None: the null class)
-        -> a prediction of the shape of `sample`."""
+        """Predict the target for noisy latents `sample` `B C H W`; the result has the same shape.
+
+        `timestep`: `B` or a number, in 0..1000; `class_labels`: int64 `B`, None for the null class.
+        """
         if class_labels is None:
             class_labels = torch.full((len(sample),), self.null_class, device=sample.device)
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
@@ -298,8 +309,11 @@ class LatentUNet(ModelMixin, ConfigMixin):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries, keys and values `B heads T D/heads` -> the same shape and type. On a CPU it is computed in float32: the
-    backward pass of the bfloat16 kernel there takes several times as long for the few tokens of a bottleneck."""
+    """Compute attention of queries, keys and values `B heads T D/heads`; the result has the same shape and type.
+
+    On a CPU it is computed in float32: for the few tokens of a bottleneck, the backward pass of the bfloat16 kernel
+    takes several times as long.
+    """
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
@@ -313,11 +327,11 @@ def _run(block: nn.Module, x: Tensor, condition: Tensor, recompute: bool) -> Ten
 
 
 def check_model(sample_size: int, patch_size: int, channels: tuple[int, ...], bottleneck: str, head_width: int) -> None:
-    """ValueError, naming the config's field, when no `LatentUNet` has these widths and latents of this size."""
+    """Raise ValueError, naming the config field, if a `LatentUNet` cannot have these widths at this latent size."""
     if bottleneck not in ("transformer", "resnet"):
         raise ValueError(f"model.bottleneck: {bottleneck!r}: use transformer or resnet")
     if channels[0] % 2:
-        raise ValueError(f"model.channels: the first width, {channels[0]}, is odd: it is split into sines and cosines")
+        raise ValueError(f"model.channels: the first width, {channels[0]}, is odd, but it must be even")
     if sample_size % patch_size:
         raise ValueError(f"model.patch_size: {patch_size} does not divide {sample_size}x{sample_size} latents")
     sample_size //= patch_size
@@ -325,7 +339,7 @@ def check_model(sample_size: int, patch_size: int, channels: tuple[int, ...], bo
     if sample_size % factor:
         raise ValueError(
             f"model.channels: {len(channels)} levels halve {sample_size}x{sample_size} latents {len(channels) - 1}"
-            f" times: {sample_size} is no multiple of {factor}; use fewer levels or another data.image_size"
+            f" times: {sample_size} is not a multiple of {factor}; use fewer levels or another data.image_size"
         )
     if bottleneck == "transformer" and channels[-1] % head_width:
         raise ValueError(

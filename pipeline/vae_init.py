@@ -1,14 +1,14 @@
-"""A start for `AutoencoderKL` from which it learns quickly, though it is small.
+"""Initialise a small `AutoencoderKL` so that it trains quickly, with "anchor" and "carrier" channels.
 
-Anchors. GroupNorm divides a feature map by its own standard deviation over the image, so the level of a flat region,
-which is most of what a small image holds, depends on everything else in the picture; a small autoencoder spends its
-first hours on undoing that. Here the first two channels of every normalised feature map hold the constants +k and
--k, written by the bias of the convolution before. With one group, mean 0 and standard deviation SIGMA of the map are
-then theirs (k = SIGMA * sqrt(C / 2)), whatever the image, and GroupNorm with a weight of SIGMA is nearly the identity.
-The network trains like one without normalisation and is still a plain `AutoencoderKL`.
+Anchors. GroupNorm divides a feature map by its standard deviation over the image, so the value of a flat region (most
+of a small image) depends on everything else in the image; a small autoencoder spends its first hours learning to undo
+this. Here the first two channels of every normalised feature map are the constants +k and -k, produced by the bias of
+the convolution before. With one group they fix the mean of the map to 0 and its standard deviation to SIGMA
+(k = SIGMA * sqrt(C / 2)) for any image, and GroupNorm with a weight of SIGMA is nearly the identity. The network trains
+like one without normalisation and is still a plain `AutoencoderKL`.
 
-Carriers. The next six channels start by carrying the colours and their negatives (SiLU(x) - SiLU(-x) = x) down to the
-latents and up again, so that training begins with averaged colours instead of grey, and no latent channel collapses.
+Carriers. At the start, the next six channels pass the colours and their negatives (SiLU(x) - SiLU(-x) = x) to the
+latents and back, so that training begins with averaged colours instead of grey, and no latent channel collapses.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-SIGMA = 10.0  # against activations near 1: their share of the variance is then a hundredth
+SIGMA = 10.0  # much larger than the activations (near 1), which then add about 1 % to the variance
 _ANCHORS = slice(0, 2)
 _CARRIERS = slice(2, 8)
-_LOG_VARIANCE = -4.0  # of the posterior at the start: with diffusers' 0 the noise would drown the first signals
+_LOG_VARIANCE = -4.0  # initial log variance of the posterior: with diffusers' 0, noise would hide the first signals
 
 
 def anchored_autoencoder(channels: tuple[int, ...], *, latent_channels: int) -> AutoencoderKL:
-    """An `AutoencoderKL` with anchors and carriers; each level but the last halves the resolution.
+    """Create an `AutoencoderKL` with anchors and carriers; each level except the last halves the resolution.
 
-    Anchors stay as they are: the entries that form them get no gradient.
+    Anchors never change: the weights and biases that form them get no gradient.
     """
     levels = len(channels)
     vae = AutoencoderKL(
@@ -42,7 +42,7 @@ def anchored_autoencoder(channels: tuple[int, ...], *, latent_channels: int) -> 
     )
     for module in vae.modules():
         if isinstance(module, nn.GroupNorm):
-            _silence(module)
+            _restore_scale(module)
         elif isinstance(module, ResnetBlock2D):
             _anchor(module.conv1, gain=2**0.5)  # SiLU halves the variance, as ReLU does (He et al. 2015)
             _anchor(module.conv2, gain=0.1, level=0.0)  # its sum with the shortcut keeps the shortcut's anchors
@@ -55,12 +55,12 @@ def anchored_autoencoder(channels: tuple[int, ...], *, latent_channels: int) -> 
     for up in vae.decoder.up_blocks[:-1]:
         _anchor(up.upsamplers[0].conv)
         _carry(up.upsamplers[0].conv)
-    _colours_through(vae)
+    _connect_colours(vae)
     return vae
 
 
 def _anchor(conv: nn.Conv2d, *, reads_anchors: bool = True, gain: float = 1.0, level: float = 1.0) -> None:
-    """Make the first two outputs of `conv` the constants +-`level` * k, and let it ignore anchors in its input."""
+    """Make the first two outputs of `conv` the constants +-`level` * k, and make it ignore anchors in its input."""
     assert conv.bias is not None
     nn.init.normal_(conv.weight, std=gain * conv.weight[0].numel() ** -0.5)
     constant = level * SIGMA * (conv.out_channels / 2) ** 0.5
@@ -75,8 +75,8 @@ def _anchor(conv: nn.Conv2d, *, reads_anchors: bool = True, gain: float = 1.0, l
         conv.bias[_ANCHORS] = torch.tensor([constant, -constant])
 
 
-def _silence(norm: nn.GroupNorm) -> None:
-    """Give back the scale that the anchors take, and let no anchor through."""
+def _restore_scale(norm: nn.GroupNorm) -> None:
+    """Set the weight of `norm` to SIGMA, to restore the scale of the other channels, and output 0 for the anchors."""
     mask = torch.ones(norm.num_channels)
     mask[_ANCHORS] = 0
     nn.init.constant_(norm.weight, SIGMA)
@@ -85,21 +85,21 @@ def _silence(norm: nn.GroupNorm) -> None:
 
 
 def _freeze(parameter: Tensor, mask: Tensor) -> None:
-    """Zero the entries where `mask` is zero, now and in every gradient."""
+    """Set the entries where `mask` is 0 to zero, now and in every gradient."""
     with torch.no_grad():
         parameter.mul_(mask)
     parameter.register_hook(lambda gradient: gradient * mask)
 
 
 def _carry(conv: nn.Conv2d, *, corner: tuple[int, int] | None = None) -> None:
-    """Pass the carriers through unchanged: the centre of the kernel, or the mean over a window of it."""
+    """Make `conv` pass the carriers unchanged: by the kernel's centre, or as the mean over a window of it."""
     middle = conv.kernel_size[0] // 2
     window = slice(*corner) if corner else slice(middle, middle + 1)
     _write(conv, _CARRIERS, _CARRIERS, torch.eye(6), window)
 
 
-def _colours_through(vae: AutoencoderKL) -> None:
-    """Colours into the first latent channels and out of them."""
+def _connect_colours(vae: AutoencoderKL) -> None:
+    """Connect the colours to the first latent channels through the carriers, in encoder and decoder."""
     both_signs = torch.cat([torch.eye(3), -torch.eye(3)])
     colours, centre = slice(0, 3), slice(1, 2)
     for half in (vae.encoder, vae.decoder):

@@ -1,4 +1,4 @@
-"""`python -m stages` is `latentmill`."""
+"""Run `latentmill` as `python -m stages`."""
 
 from stages.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line. Each stage is imported when it runs, so that help answers at once."""
+"""The command line. Each stage is imported only when it runs, so that help answers at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 class LocalPath(click.Path):
@@ -22,22 +25,30 @@ class LocalPath(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _InOrder(click.Group):
+    """Lists commands in the order of this file, which is that of the pipeline."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="latentmill", message="%(prog)s %(version)s")
 def main() -> None:
     """Class-conditional latent diffusion: images -> latent cache -> model -> samples -> images.
 
-    Every stage takes one config and does nothing where all is done; run again, it continues what is unfinished.
+    Every command reads one config. Run again, it continues what is unfinished and does nothing if all is done.
     """
 
 
 def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Exit status 2 and one line for a user's error, 1 and one line for a failure; the trace with --debug."""
+    """Report an error in one line: exit status 2 for a mistake of the user, 1 for a failure; --debug adds the trace."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except Exception as error:  # the one place where any failure becomes a line; --debug shows all of it
+        except Exception as error:  # the one place where any exception becomes a line
             from data.text import printable
 
             if debug or isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
@@ -53,7 +64,7 @@ def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _stage(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all stages share; the stage gets the checked config and the run's folder."""
+    """Add the options that all stages share; the stage gets the checked config and the folder of the run."""
 
     @functools.wraps(command)
     def wrapped(config: Path, overrides: tuple[str, ...], run: Path | None, **kwargs: Any) -> None:
@@ -77,12 +88,12 @@ _cache_option = click.option("--cache", type=LocalPath(), help="A cache other th
 
 
 @main.command()
-@click.option("--job", metavar="I/N", help="Write the I-th of N shares alone, such as 3/16: one job of a SLURM array.")
-@click.option("--extend", is_flag=True, help="Add the images that are new in the data set.")
-@click.option("--retry-failed", is_flag=True, help="Read those images again that could not be read.")
+@click.option("--job", metavar="I/N", help="Write only the I-th of N shares, such as 3/16: one job of a SLURM array.")
+@click.option("--extend", is_flag=True, help="Encode the images that were added to the data set.")
+@click.option("--retry-failed", is_flag=True, help="Read the images again that could not be read.")
 @_stage
-def encode(config: Any, run: Path, job: str | None, **kwargs: bool) -> None:
-    """Run the VAE's encoder over the images once and write the latent cache."""
+def encode(config: Config, run: Path, job: str | None, **kwargs: bool) -> None:
+    """Encode the images once and write the latent cache."""
     from stages.encode import encode, parse_job
 
     encode(config, parse_job(job), **kwargs)
@@ -92,8 +103,8 @@ def encode(config: Any, run: Path, job: str | None, **kwargs: bool) -> None:
 @click.option("--repair", is_flag=True, help="Encode the damaged shards again.")
 @_cache_option
 @_stage
-def verify(config: Any, run: Path, cache: Path | None, repair: bool) -> None:
-    """Compare every file of the cache with its SHA-256 and name those that are missing or damaged."""
+def verify(config: Config, run: Path, cache: Path | None, repair: bool) -> None:
+    """Check every file of the cache against its SHA-256."""
     from stages.verify import verify
 
     verify(config, cache, repair=repair)
@@ -102,8 +113,8 @@ def verify(config: Any, run: Path, cache: Path | None, repair: bool) -> None:
 @main.command()
 @_cache_option
 @_stage
-def info(config: Any, run: Path, cache: Path | None) -> None:
-    """Say what the cache holds, and draw some of its latents beside their images."""
+def info(config: Config, run: Path, cache: Path | None) -> None:
+    """Describe the cache, with pictures of what the VAE keeps."""
     from stages.info import info
 
     info(config, cache)
@@ -115,7 +126,7 @@ def info(config: Any, run: Path, cache: Path | None) -> None:
 @click.option("--format", "format_", type=click.Choice(["zarr", "webdataset"]), help="[default: the other one]")
 @_errors_in_one_line
 def convert(source: Path, target: Path, format_: str | None) -> None:
-    """Write the cache SOURCE in the other format to TARGET, with the same latents."""
+    """Write the cache SOURCE in the other format to TARGET."""
     from stages.convert import convert
 
     convert(source, target, format_)
@@ -123,8 +134,8 @@ def convert(source: Path, target: Path, format_: str | None) -> None:
 
 @main.command()
 @_stage
-def train(config: Any, run: Path) -> None:
-    """Train the model on the cache, from the newest checkpoint of the run."""
+def train(config: Config, run: Path) -> None:
+    """Train on the cache, or resume from the newest checkpoint."""
     from stages.train import train
 
     train(config, run)
@@ -137,17 +148,23 @@ def train(config: Any, run: Path) -> None:
 @click.option("--to", type=LocalPath(), help="Folder of the new run  [default: RUN-emaWIDTH]")
 @_errors_in_one_line
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
-    """Make the average of any width from a RUN with train.ema=power, as a run that sample and decode take."""
+    """Compute an average of another width from a RUN.
+
+    The run was trained with train.ema=power; the average becomes a run of its own, for sample and decode.
+    """
     from stages.ema import ema
 
     ema(run, width, images, to)
 
 
 @main.command()
-@click.option("--latents", is_flag=True, help="Draw latents alone, and leave the images to decode.")
+@click.option("--latents", is_flag=True, help="Write latents only; decode makes the images later.")
 @_stage
-def sample(config: Any, run: Path, latents: bool) -> None:
-    """Draw from the newest checkpoint of the run: images, a contact sheet and a page."""
+def sample(config: Config, run: Path, latents: bool) -> None:
+    """Draw images from the newest checkpoint.
+
+    They are written as PNG files, with a contact sheet and a page.
+    """
     from stages.sample import sample
 
     folder = sample(config, run)
@@ -158,10 +175,10 @@ def sample(config: Any, run: Path, latents: bool) -> None:
 
 
 @main.command()
-@click.option("--cache", type=LocalPath(), help="Decode the first images a class of this cache instead.")
+@click.option("--cache", type=LocalPath(), help="Decode the first images of each class of this cache instead.")
 @_stage
-def decode(config: Any, run: Path, cache: Path | None) -> None:
-    """Decode the samples that are there to images, a contact sheet and a page."""
+def decode(config: Config, run: Path, cache: Path | None) -> None:
+    """Decode samples that were drawn before, or a cache, to images."""
     from stages.decode import decode
     from stages.sample import drawn_folder
 
@@ -171,10 +188,13 @@ def decode(config: Any, run: Path, cache: Path | None) -> None:
 @main.command()
 @click.option("--images", help="Measure these images instead: a folder, an archive or an .npz.")
 @click.option("--protocol", type=click.Choice(["imagenet-50k", "imagenet100-5k"]), help="Measure as papers do.")
-@click.option("--repeat", "receipt", type=LocalPath(), help="Draw and measure again what this receipt says.")
+@click.option("--repeat", "receipt", type=LocalPath(), help="Draw and measure again what this receipt describes.")
 @_stage
-def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, receipt: Path | None) -> None:
-    """Measure samples against real images; the figures, and all that they depend on, go to runs/NAME/eval."""
+def evaluate(config: Config, run: Path, images: str | None, protocol: str | None, receipt: Path | None) -> None:
+    """Measure samples against real images.
+
+    The figures, and all that is needed to measure them again, go to runs/NAME/eval.
+    """
     from stages.evaluate import evaluate, repeat
 
     if receipt and (images or protocol):
@@ -185,13 +205,25 @@ def evaluate(config: Any, run: Path, images: str | None, protocol: str | None, r
         evaluate(config, run, images=images and os.path.expanduser(images), protocol=protocol)
 
 
-@main.command()
+@main.command("config")
+@_errors_in_one_line
+def print_config() -> None:
+    """Print every key of a config with its type, default and meaning."""
+    from stages.config import print_config_reference
+
+    print_config_reference()
+
+
+@main.command("train-vae")
 @click.argument("photos", type=LocalPath())
 @click.option("--to", type=LocalPath(), default=Path("pipeline/bundled_vae"), show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=5500, show_default=True)
 @_errors_in_one_line
-def vae(photos: Path, to: Path, steps: int) -> None:
-    """Train the bundled VAE on solids and on PHOTOS, a folder of class folders."""
+def train_vae(photos: Path, to: Path, steps: int) -> None:
+    """Train the bundled VAE again.
+
+    It learns from solids and from PHOTOS, a folder of class folders.
+    """
     from stages.train_vae import train_vae
 
     train_vae(photos, to, steps=steps)

@@ -1,4 +1,4 @@
-"""A latent cache in the other of its two formats."""
+"""Convert a latent cache to the other of the two formats."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from data.storage import probe
 
 
 def convert(source: Path, target: Path, format_: str | None) -> None:
-    """Write the cache at `source` to `target` in `format_`, by default the one it does not have.
+    """Write the cache at `source` to `target` in `format_`, by default the other of the two.
 
-    Latents, labels, keys, failures and statistics stay the same; there and back gives the same bytes.
+    Latents, labels, keys, failures and statistics stay the same; converting back gives the original bytes.
     """
     cache = LatentCache(source)
     cache.verify()

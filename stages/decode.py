@@ -1,4 +1,4 @@
-"""Latents to images: PNG files, a contact sheet and a page, from samples or from any latent cache."""
+"""Decode latents, samples or those of any latent cache, to PNG files, a contact sheet and a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.device import pick_device
 from pipeline.pictures import contact_sheet, save_png
 from pipeline.vae import FrozenVae
 
-_NAME_BYTES = 100  # of a class in a file's name
+_NAME_BYTES = 100  # of a class name in a file name
 SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -39,12 +39,12 @@ img {{ width: 96px; border-radius: 3px; image-rendering: pixelated }}
 
 
 def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
-    """Decode all latents in `folder`, which are samples, or with `excerpt` the first images a class of a cache.
+    """Decode the samples in `folder` or, with `excerpt`, the first images of each class of the cache there.
 
-    The folder with images/, grid.png and index.html.
+    Return the folder with images/, grid.png and index.html.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no latents there: run {'encode' if excerpt else 'sample'} first")
+        raise ValueError(f"{folder}: no latents found: run {'encode' if excerpt else 'sample'} first")
     latents = LatentCache(folder)
     manifest = latents.manifest
     images = DecodedLatents(latents, FrozenVae(config.vae.source, pick_device()))
@@ -54,7 +54,7 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
     names = [f"{latents.rows[i]:06d}-{_file_name(classes[all_labels[i]])}.png" for i in chosen]
     made = [out / "index.html", out / "grid.png", *(out / "images" / name for name in names)]
     if all(file.exists() for file in made):
-        print(f"decode: all done: on one sheet: {out}/grid.png, as a page: {out}/index.html")
+        print(f"decode: all done: contact sheet {out}/grid.png, page {out}/index.html")
         return out
     labels = all_labels[chosen]
     shown = _first_of_each_class(labels, SHEET_PER_CLASS)
@@ -71,23 +71,23 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False) -> Path:
     save_png(contact_sheet(np.concatenate(sheet), labels[shown].tolist(), classes), out / "grid.png")
     publish(out / "index.html", _page(out, manifest.data_source, labels.tolist(), names, classes).encode())
     print(f"decode: {len(chosen):,} images in {out}/images, {rate:.0f} images/s")
-    print(f"decode: on one sheet: {out}/grid.png, as a page: {out}/index.html")
+    print(f"decode: contact sheet {out}/grid.png, page {out}/index.html")
     return out
 
 
 def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Indices of the first `count` images of every class, in rising order."""
+    """Return the indices of the first `count` images of every class, in ascending order."""
     return np.sort(np.concatenate([np.flatnonzero(labels == kind)[:count] for kind in np.unique(labels)]))
 
 
 def _file_name(name: str) -> str:
-    """The name of a class as a part of a file's, which may have 255 bytes; equal ones differ in the index before it."""
+    """Return a class name as part of a file name of at most 255 bytes; the index before it makes equal ones unique."""
     safe = re.sub(r"[^\w.-]+", "_", normalize("NFC", name))
     return safe.encode()[:_NAME_BYTES].decode(errors="ignore") or "_"
 
 
 def _page(folder: Path, title: str, labels: list[int], names: list[str], classes: tuple[str, ...]) -> str:
-    """A page with every image under its class, for a browser on this machine: it links to images/."""
+    """Return an HTML page with every image under its class; it links to images/, for a browser on this machine."""
     sections = []
     for kind in sorted(set(labels)):
         mine = [name for name, label in zip(names, labels, strict=True) if label == kind]

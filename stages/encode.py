@@ -1,4 +1,4 @@
-"""Stage one: every image through the frozen VAE once, into a latent cache."""
+"""Stage one: encode every image once with the frozen VAE into a latent cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tqdm import tqdm
 from data.cache.formats import FORMATS
 from data.cache.manifest import MANIFEST, Failure, Manifest, Plan
 from data.cache.reader import FAILURES, LatentCache
-from data.cache.records import check_plan, recorded_failures
+from data.cache.records import check_plan, load_failures
 from data.cache.writer import CacheWriter, DamagedShardsError, Job
 from data.memory import host_memory
 from data.sources.base import Batch, NoImagesError, Source
 from data.sources.decode import PREPROCESSING
 from data.storage import free_bytes, probe
 from data.text import counted, duration, human_bytes, printable
-from pipeline.config import Config, parts_of
+from pipeline.config import Config, cache_configs
 from pipeline.datasets import open_config_sources
 from pipeline.device import pick_device, process_count
 from pipeline.planning import plan_rows, settings_of_plan
@@ -36,25 +36,25 @@ ESTIMATE_AFTER = 8  # batches, the first of which warm up
 
 
 def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool = False) -> None:
-    """Write the cache that `config` describes, and that of its held-out images, or what is missing of them: this job's
-    share of the shards.
+    """Write this job's shards of the cache that `config` describes, and of the cache of its held-out images.
 
-    `extend` adds images that came to the data set, `retry_failed` reads those again that could not be read.
+    Finished shards are skipped. `extend` adds images that are new in the data set; `retry_failed` tries again to read
+    images that could not be read.
     """
     if job.jobs > 1 and (extend or retry_failed):
         raise ValueError(
-            "--extend and --retry-failed change what is there: give them to one process, with NPROC=1 and no --job"
+            "--extend and --retry-failed change an existing cache: use them with a single process, NPROC=1 and no --job"
         )
-    parts = parts_of(config)
+    parts = cache_configs(config)
     finished = _finished(parts)
     if None not in finished and job.number and not (extend or retry_failed):
-        return  # of all jobs, the first one lists the data set and says whether the caches are still of it
+        return  # only the first job lists the data set and checks that the caches still match it
     try:
         sources = open_config_sources(config)
     except NoImagesError as error:
         if None in finished or extend or retry_failed:
             raise
-        lines = [_stands_without_images(*pair, error) for pair in zip(parts, finished, strict=True)]  # type: ignore[arg-type]
+        lines = [_check_without_images(*pair, error) for pair in zip(parts, finished, strict=True)]  # type: ignore[arg-type]
         if job.number == 0:
             print("\n".join(lines))
         return
@@ -66,11 +66,11 @@ def encode(config: Config, job: Job, *, extend: bool = False, retry_failed: bool
         _encode_part(part, source, vae, job, extend=extend, retry_failed=retry_failed)
     if finished[0] and finished[0] != Manifest.load(config.cache.path):
         print(
-            "encode: runs that were trained on the cache as it was cannot go on with it: train.init=RUN begins a new"
-            " run from their weights"
+            "encode: runs that were trained on the cache before this change cannot resume with it: use train.init=RUN"
+            " to start a new run from their weights"
         )
     if None not in (now := _finished(parts)) and now != finished:
-        _say_copies([part.cache.path for part in parts])
+        _report_copies([part.cache.path for part in parts])
 
 
 def _finished(parts: Sequence[Config]) -> list[Manifest | None]:
@@ -79,12 +79,12 @@ def _finished(parts: Sequence[Config]) -> list[Manifest | None]:
 
 
 def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, extend: bool, retry_failed: bool) -> None:
-    """Write one cache, of the images of `source`."""
+    """Write the cache of the images of `source`."""
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
     if writer.done and not retry_failed:
         writer.tidy()
-        LatentCache(config.cache.path)  # its files are there
+        LatentCache(config.cache.path)  # checks that its files exist
         if job.number == 0:
             print(f"encode: all done: {config.cache.path}")
         return
@@ -93,23 +93,25 @@ def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, ex
         print("\n".join(f"encode: {line}" for line in (listed, *source.notes)))
     with writer.claimed():
         if retry_failed:
-            writer.redo([failure.row for failure in recorded_failures(config.cache.path)])
+            writer.redo([failure.row for failure in load_failures(config.cache.path)])
         encode_pending(writer, source, vae, config)
 
 
-def _say_copies(paths: Sequence[Path]) -> None:
-    """Say how many held-out image files are, byte for byte, files of training, too."""
+def _report_copies(paths: Sequence[Path]) -> None:
+    """Print how many held-out image files are byte-for-byte copies of training images."""
     if len(paths) < 2:
         return
     training, heldout = (LatentCache(path).digests() for path in paths)
     known = {each for each in training if each}
     if copies := [row for row, each in enumerate(heldout) if each in known]:
         where = f"such as row {copies[0]} of {paths[1]}"
-        print(f"encode: {counted(len(copies), 'held-out image')} also trained on, byte for byte ({where})")
+        print(
+            f"encode: {counted(len(copies), 'held-out image')} also among the training images, byte for byte ({where})"
+        )
 
 
-def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
-    """A line that says that the finished cache stands; ValueError where it is not what `config` describes."""
+def _check_without_images(config: Config, manifest: Manifest, error: NoImagesError) -> str:
+    """Check a finished cache whose images are gone and return a line about it; ValueError if `config` differs."""
     path, vae = config.cache.path, FrozenVae(config.vae.source, pick_device())
     expected = {
         **settings_of_plan(config, vae, found=manifest),
@@ -118,19 +120,19 @@ def _stands_without_images(config: Config, manifest: Manifest, error: NoImagesEr
     check_plan(path, manifest.plan().model_copy(update=expected))
     LatentCache(path)
     made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
-    return f"encode: {error}; but the finished cache {path}{made_of} stands without its images"
+    return f"encode: {error}; but the finished cache {path}{made_of} can be used without its images"
 
 
 def encode_pending(writer: CacheWriter, source: Source, vae: FrozenVae, config: Config) -> None:
-    """Encode the shards that `writer` lacks, then finish the cache if no other job's shards are missing.
+    """Encode the shards that `writer` lacks, then finish the cache unless shards of other jobs are missing.
 
-    Shards that have been damaged by then are encoded once more.
+    Shards that turn out to be damaged are encoded once more.
     """
     vae.precision = writer.plan.precision
     try:
         _encode_and_finish(writer, source, vae, config)
     except DamagedShardsError as error:
-        if not writer.pending():  # they are another job's
+        if not writer.pending():  # the damaged shards belong to another job
             raise
         print(f"encode: {error}")
         _encode_and_finish(writer, source, vae, config)
@@ -143,10 +145,10 @@ def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, conf
     listed = counted(writer.plan.rows, "image")
     print(f"encode: {images:,} of {listed} of {source.name} to encode on {vae.device} in {vae.precision}")
     _check_room(writer, pending)
-    failed, started = recorded_failures(writer.path), time.monotonic()
+    failed, started = load_failures(writer.path), time.monotonic()
     with (
         tqdm(total=images, unit=" images", desc="encode", mininterval=1) as bar,
-        ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE is at the next one
+        ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE encodes the next one
     ):
         published: Future[list[Failure]] | None = None
         for shard, moments, failures, digests in _encode_shards(work, writer, source, vae, config, bar):
@@ -173,7 +175,7 @@ class _Work(NamedTuple):
 
 
 class _Batches(Dataset[tuple[Batch, NDArray[np.floating] | None]]):
-    """Item i is the i-th batch of images, read ahead by a worker process; or, with a `vae`, encoded by it."""
+    """Item i is the i-th batch of images, prefetched by a worker process and, with a `vae`, encoded by it."""
 
     def __init__(self, source: Source, batches: Sequence[NDArray[np.int64]], plan: Plan, vae: FrozenVae | None) -> None:
         self.source, self.batches, self.plan, self.vae = source, batches, plan, vae
@@ -186,11 +188,11 @@ class _Batches(Dataset[tuple[Batch, NDArray[np.floating] | None]]):
         if self.vae is None:
             return batch, None
         moments = _encode_batch(self.vae, batch, self.plan)
-        return dataclasses.replace(batch, pixels=batch.pixels[:0]), moments  # what need not be sent back
+        return dataclasses.replace(batch, pixels=batch.pixels[:0]), moments  # do not send the pixels back
 
 
 def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Batches start anew with each shard, so a shard's bytes do not depend on which shards a process encodes."""
+    """Yield the batches of one shard: as none crosses shards, its bytes do not depend on who encodes the others."""
     rows = writer.rows_to_encode(shard)
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
@@ -199,8 +201,8 @@ def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.
 def _encode_shards(
     work: list[_Work], writer: CacheWriter, source: Source, vae: FrozenVae, config: Config, bar: tqdm
 ) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str], dict[int, str]]]:
-    """Number, moments `rows V 2C h w`, failures and file digests of every shard, in turn."""
-    workers, encoding = _share_of_work(config, vae)
+    """Yield the number, moments `rows V 2C h w`, failures and file digests of every shard, in turn."""
+    workers, encoding = _plan_workers(config, vae)
     dataset = _Batches(source, [writer.rows.order[part.rows] for part in work], writer.plan, vae if encoding else None)
     loader = iter(DataLoader(dataset, batch_size=None, num_workers=min(workers, len(work))))
     moments: list[NDArray[np.floating]] = []
@@ -224,11 +226,11 @@ def _encode_shards(
             moments, failures, digests = [], {}, {}
 
 
-def _share_of_work(config: Config, vae: FrozenVae) -> tuple[int, bool]:
-    """How many worker processes there are, and whether they encode, too, or read images ahead of the VAE.
+def _plan_workers(config: Config, vae: FrozenVae) -> tuple[int, bool]:
+    """Return the number of worker processes, and whether they encode or only prefetch images for the VAE.
 
-    On a CPU, processes of one thread each are quicker than threads of one process, which wait for one another at every
-    layer, and do not starve beside other work (benchmarks/busy_machine.py). Each needs memory for a batch of its own.
+    On a CPU, single-threaded processes are faster than the threads of one process, which wait for each other at every
+    layer, and suffer less from other work (benchmarks/busy_machine.py). Each needs memory for its own batch.
     """
     workers = process_count(config.cache.workers)
     if vae.device.type != "cpu" or not workers:
@@ -245,15 +247,15 @@ def _next_batch(loader: Iterator[tuple[Batch, Any]]) -> tuple[Batch, Any]:
         if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
-            "a process that reads images was killed, perhaps for want of memory: lower cache.workers or"
-            " cache.batch_size; the same command goes on"
+            "a process that reads images was killed, perhaps because memory ran out: lower cache.workers or"
+            " cache.batch_size, and run the same command again to continue"
         ) from error
 
 
 def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> NDArray[np.floating]:
-    """Moments `n V 2C h w` of a batch, the views in the order of the plan.
+    """Return the moments `n V 2C h w` of a batch, with the views in the order of the plan.
 
-    A short batch is filled up: kernels chosen for another shape may round differently.
+    A short batch is padded, because kernels chosen for another shape may round differently.
     """
     count = len(batch.indices)
     images = np.concatenate([batch.pixels, np.zeros((plan.batch_size - count, *batch.pixels.shape[1:]), np.uint8)])
@@ -263,7 +265,7 @@ def _encode_batch(vae: FrozenVae, batch: Batch, plan: Plan) -> NDArray[np.floati
 
 
 def _check_room(writer: CacheWriter, shards: list[int]) -> None:
-    """Say how many bytes the shards will take; ValueError when the disk has no room for them."""
+    """Print how many bytes the shards will take; ValueError if the disk has no room for them."""
     plan = writer.plan
     size = sum(FORMATS[plan.format].shard_size(plan, len(plan.rows_of(shard))) for shard in shards)
     free = free_bytes(writer.path)
@@ -272,7 +274,7 @@ def _check_room(writer: CacheWriter, shards: list[int]) -> None:
     if size > free:
         raise ValueError(
             f"cache.path: {writer.path}: {human_bytes(size)} are needed and {human_bytes(free)} are free:"
-            " choose another disk, or cache.store=mean or cache.flip=false, which take half of it each"
+            " choose another disk, or cache.store=mean or cache.flip=false, each of which halves the size"
         )
 
 
@@ -282,8 +284,8 @@ def _check_failures(failed: list[Failure], writer: CacheWriter, config: Config) 
         writer.write_failures()
         raise ValueError(
             f"{counted(len(failed), 'image')} could not be read, more than cache.max_failures = {limit}: the first is"
-            f" {failed[0].key}: {failed[0].reason}; all are listed in {writer.path / FAILURES}. What was encoded stays:"
-            " mend them and give --retry-failed, or raise cache.max_failures"
+            f" {failed[0].key}: {failed[0].reason}; all are listed in {writer.path / FAILURES}. Encoded images are"
+            " kept: repair the files and use --retry-failed, or raise cache.max_failures"
         )
 
 
@@ -301,7 +303,7 @@ def _report(manifest: Manifest, path: Path, failed: list[Failure], rate: float) 
 
 
 def parse_job(text: str | None) -> Job:
-    """The job that `--job 3/16` asks for; without it, the share of this process if a launcher started several."""
+    """Return the job that `--job 3/16` selects; without it, this process's share if a launcher started several."""
     if text is None:
         return Job(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     number, _, jobs = text.partition("/")

@@ -1,4 +1,4 @@
-"""Samples against real images, beside what real images and the VAE reach, with a receipt of all that it depends on."""
+"""Measure samples against real images, and record in a receipt everything that the figures depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import LatentCache
 from data.locks import claim
 from data.sources.generated import open_generated, write_npz
-from data.storage import checked, publish_checked, read, remove
+from data.storage import publish_checked, read, remove, strip_checksum
 from pipeline.config import Config, features_path, heldout_path
 from pipeline.config_file import check_config
 from pipeline.datasets import DecodedLatents, cached_sources
@@ -33,24 +33,24 @@ from pipeline.sampling import make_scheduler
 from pipeline.training.checkpoint import Checkpoint, checkpoint_path, open_checkpoint
 from pipeline.training.run_folder import EVAL, check_run_folder
 from pipeline.vae import FrozenVae
-from stages.sample import require_checkpoint, sample, sample_folder, settle
+from stages.sample import require_checkpoint, resolve_sample_settings, sample, sample_folder
 
-PROTOCOLS = {  # what papers call by these names: docs/evaluation.md
+PROTOCOLS = {  # settings that papers use: docs/evaluation.md
     "imagenet-50k": {"images": 50_000, "reference": "training"},
     "imagenet100-5k": {"images": 5_000, "reference": "heldout"},
 }
 TRAINING, HELDOUT = "training images", "held-out images"
-_COMPARED = ("samples", "weights", "images", "network", "vae", "versions", "machine", "figures")  # by --repeat
+_COMPARED = ("samples", "weights", "images", "network", "vae", "versions", "machine", "figures")  # compared by --repeat
 _PACKAGES = ("torch", "diffusers", "numpy", "pillow")
 _BATCH = 64  # images written to an .npz at a time
-_SHOWN = 10  # differences
+_SHOWN = 10  # differences printed
 
 
 def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: str | None = None) -> Path:
-    """Measure the samples that `config` describes, which are drawn where they are missing, or the `images` of anybody;
-    the receipt, a JSON file, beside which there is a page.
+    """Measure the samples that `config` describes, drawing those that are missing, or the given `images`.
 
-    Features and figures that are there already are not computed again.
+    Return the path of the receipt, a JSON file with an HTML page beside it. Existing features and figures are not
+    computed again.
     """
     check_run_folder(run, "--run", cache=config.cache.path)
     if protocol:
@@ -67,17 +67,17 @@ def evaluate(config: Config, run: Path, *, images: str | None = None, protocol: 
     publish_checked(file, receipt)
     print_table(receipt)
     save_page(file, receipt, evaluation.rows, evaluation.training)
-    print(f"evaluate: the receipt is {file}, a page with pictures {file.with_suffix('.html')}")
+    print(f"evaluate: receipt {file}, page with pictures {file.with_suffix('.html')}")
     if protocol == "imagenet-50k":
         npz = file.with_suffix(".npz")
         if not npz.exists() or not before or before["images"]["samples"] != receipt["images"]["samples"]:
             _save_npz(npz, evaluation.rows[0].images, size=config.data.image_size)
-        print(f"evaluate: the samples for ADM's evaluator are {npz}")
+        print(f"evaluate: samples for ADM's evaluator {npz}")
     return file
 
 
 def _save_npz(file: Path, images: Images, *, size: int) -> None:
-    """Publish all images as ADM's evaluator takes them."""
+    """Publish all images in the format of ADM's evaluator."""
     count = len(images.keys)
     starts = tqdm(range(0, count, _BATCH), desc="npz", unit=" batches")
     batches = (images.load(range(start, min(start + _BATCH, count))).pixels for start in starts)
@@ -85,16 +85,16 @@ def _save_npz(file: Path, images: Images, *, size: int) -> None:
 
 
 def repeat(file: Path) -> None:
-    """Draw and measure again, from nothing, what the receipt `file` says, and say whether it is the same.
+    """Draw and measure again, from scratch, what the receipt `file` records, and print whether the figures are equal.
 
-    SystemExit with status 1 where it is not. ValueError when the file is no receipt, or the run is no longer there.
+    SystemExit with status 1 if they are not. ValueError if the file is not a receipt or the run no longer exists.
     """
     before = _receipt_of(file)
     if not before:
-        raise ValueError(f"--repeat: {file}: {'damaged, or no receipt' if file.is_file() else 'no such file'}")
-    run = file.parents[1] if file.parent.name == EVAL else Path(before["run"])  # which may have been moved
+        raise ValueError(f"--repeat: {file}: {'damaged, or not a receipt' if file.is_file() else 'no such file'}")
+    run = file.parents[1] if file.parent.name == EVAL else Path(before["run"])  # the run may have been moved
     weights = before["config"]["evaluate"]["weights"]
-    if weights and not Path(weights).exists():  # another person has it elsewhere
+    if weights and not Path(weights).exists():  # the receipt may come from another machine
         before["config"]["evaluate"]["weights"] = None
     config, work = check_config(before["config"], str(file)), file.with_name(f".repeat-{file.stem}")
     with claim(file.parent / ".locks" / file.name, "repeating"):
@@ -116,14 +116,14 @@ def repeat(file: Path) -> None:
 
 
 def _receipt_of(file: Path) -> dict[str, Any] | None:
-    """What a receipt says; None where the file is none, or has been changed."""
-    text = checked(read(file)) if file.is_file() else None
+    """Read a receipt; return None if the file is not one, or has been changed."""
+    text = strip_checksum(read(file)) if file.is_file() else None
     values = json.loads(text) if text else {}
     return values if {"config", "run", *_COMPARED} <= values.keys() else None
 
 
 def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
-    """A line for every value in which two parts of receipts differ."""
+    """Yield a line for every value in which two parts of receipts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}")
@@ -132,7 +132,7 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
 
 
 class Evaluation:
-    """Samples and real images, all by one network and against one reference."""
+    """Measures samples and real images with one network, against one reference."""
 
     training: Row
     rows: list[Row]
@@ -146,8 +146,10 @@ class Evaluation:
         work: Path | None = None,
         weights: dict[str, Any] | None = None,
     ) -> None:
-        """Of samples of `run`, or of the images at `path`. With `work`, all is computed anew in that folder, and from
-        the checkpoint that `weights` of a receipt names, where it is still there."""
+        """Measure samples of `run`, or the images at `path`.
+
+        With `work`, everything is computed again in that folder, from the checkpoint that `weights` of a receipt names,
+        if it still exists."""
         self.network = open_network(config.evaluate.network, config.evaluate.weights, pick_device())
         measured_by = config.evaluate.model_copy(update={"network": self.network.option})
         self.config = config.model_copy(update={"evaluate": measured_by})
@@ -157,13 +159,13 @@ class Evaluation:
         self._notes: list[str] = []
         self._seconds: dict[str, float] = {}
         against = "-against-heldout" if config.evaluate.reference == "heldout" else ""
-        self._suffix = f"-{self.network.name}{against}"  # of the receipt's name
+        self._suffix = f"-{self.network.name}{against}"  # of the receipt's file name
 
     def receipt(self) -> dict[str, Any]:
-        """The figures of all sets of images, and what they depend on."""
-        print(f"evaluate: by {self.network.name}: {self.network.resize}")
+        """Return the figures of all sets of images, and everything that they depend on."""
+        print(f"evaluate: network {self.network.name}: {self.network.resize}")
         with self._timed("samples"):
-            samples, record = self._images_of_anybody(self.path) if self.path else self._samples()
+            samples, record = self._external_images(self.path) if self.path else self._samples()
         with self._timed("features"):
             self._compute_features(samples)
         with self._timed("figures"):
@@ -171,11 +173,11 @@ class Evaluation:
         return {**record, "figures": figures, **self._record()}
 
     def _samples(self) -> tuple[Images, dict[str, Any]]:
-        """The samples of the run, and what they depend on."""
+        """Return the samples of the run, drawing those that are missing, and what they depend on."""
         checkpoint = self._checkpoint()
-        settled, chosen = settle(self.config, checkpoint)
+        resolved, chosen = resolve_sample_settings(self.config, checkpoint)
         per_class = -(-self.config.evaluate.images // len(chosen))
-        drawn = settled.sample.model_copy(update={"per_class": per_class})
+        drawn = resolved.sample.model_copy(update={"per_class": per_class})
         self.config = self.config.model_copy(update={"sample": drawn})
         folder = sample(self.config, self.run, checkpoint=checkpoint, to=self.work and self.work / "samples")
         cache = LatentCache(folder)
@@ -192,19 +194,19 @@ class Evaluation:
         return DecodedLatents(cache, self.vae), record
 
     def _checkpoint(self) -> Checkpoint:
-        """The newest of the run, or that of a receipt. ValueError where its classes are not those of the images."""
+        """Open the receipt's checkpoint or the newest one. ValueError if its classes are not those of the images."""
         path = checkpoint_path(self.run, self.weights["images_seen"]) if self.weights else None
         checkpoint = open_checkpoint(path) if path and path.exists() else require_checkpoint(self.run)
         classes, cache = tuple(self.sources[0].classes), self.config.cache.path
         if checkpoint.state.classes != classes:
-            raise ValueError(f"{checkpoint.path}: its classes are not those of {cache}: give the config of this run")
+            raise ValueError(f"{checkpoint.path}: its classes are not those of {cache}: use the config of this run")
         if (cache / MANIFEST).exists() and checkpoint.state.cache.sha256 != Manifest.load(cache).sha256():
             self._notes.append(
-                f"the run was trained on another cache than {cache} is now: what is held out may have been trained on"
+                f"the run was trained on another cache than the present {cache}: held-out images may be in it"
             )
         return checkpoint
 
-    def _images_of_anybody(self, path: str) -> tuple[Images, dict[str, Any]]:
+    def _external_images(self, path: str) -> tuple[Images, dict[str, Any]]:
         data = self.config.data
         images = open_generated(path, image_size=data.image_size, classes=self.sources[0].classes, matte=data.matte)
         for note in images.notes:
@@ -214,7 +216,7 @@ class Evaluation:
         return images, {"tag": f"{name}-{fingerprint[:8]}{self._suffix}", "samples": {"path": path}, "weights": None}
 
     def _compute_features(self, samples: Images) -> None:
-        """The rows: samples first, then real images and reconstructions of those that are held out."""
+        """Make the rows: samples first, then real images and reconstructions of the held-out ones."""
         kept = self.work or features_path(self.config)
         self.rows = [self._row("samples", samples, self.work or self.run / EVAL / "features")]
         self.training = self._row(TRAINING, self.sources[0], kept)
@@ -227,15 +229,15 @@ class Evaluation:
             images = DecodedLatents(LatentCache(heldout), self.vae)
             self.rows.append(self._row(f"{HELDOUT} through the VAE", images, kept))
         else:
-            self._notes.append(f"{heldout} is not there, so there is no figure of the VAE: run encode first")
+            self._notes.append(f"{heldout} does not exist, so there is no figure of the VAE: run encode first")
 
     def _row(self, name: str, images: Images, folder: Path) -> Row:
-        decoded = isinstance(images, DecodedLatents) and self.network.device.type != "cpu"  # no process shares a GPU
+        decoded = isinstance(images, DecodedLatents) and self.network.device.type != "cpu"  # one process per GPU
         workers = 0 if decoded else process_count(self.config.cache.workers)
         return Row(name, images, compute_features(images, self.network, folder, workers=workers, name=name))
 
     def _measure(self) -> dict[str, Any]:
-        """The figures of every row. Where held-out images are the reference, those of training are a row instead."""
+        """Compute the figures of every row. If held-out images are the reference, training images are a row instead."""
         self.heldout = self.rows[1] if len(self.rows) > 1 else None
         reference = self.training
         if self.heldout and self.config.evaluate.reference == "heldout":
@@ -244,7 +246,7 @@ class Evaluation:
         return {row.name: measurement.figures(row) for row in tqdm(self.rows, desc="figures", unit=" sets")}
 
     def _record(self) -> dict[str, Any]:
-        """What the figures of all rows depend on."""
+        """Return what the figures of all rows depend on."""
         network, cache, rows = self.network, self.config.cache.path, (*self.rows, self.training, self.heldout)
         return {
             "run": str(self.run),
@@ -269,7 +271,7 @@ class Evaluation:
 
 
 def _contents(row: Row) -> dict[str, Any]:
-    """What a set of images is: its name and reading, and a digest of pixels and labels that knows no file's time."""
+    """Describe a set of images: name, preprocessing, counts, and a digest of pixels and labels without file times."""
     failures = [f"{key}: {reason}" for key, reason in row.features.failures.items()]
     return {
         "source": getattr(row.images, "name", row.name),
@@ -291,7 +293,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
-    """The noise levels of flow matching, 1 to 0, or the timesteps at which the model is asked."""
+    """Return the noise levels of flow matching, 1 to 0, or the timesteps at which the model is evaluated."""
     settings = config.sample
     scheduler = make_scheduler(settings.scheduler, checkpoint.state.noise, settings.steps)
     values = scheduler.sigmas if settings.scheduler == "euler" else scheduler.timesteps
@@ -299,7 +301,7 @@ def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which average of which weights samples are drawn from."""
+    """Describe the averaged weights that samples are drawn from."""
     state = checkpoint.state
     halflife = f"exponential average with a half-life of {state.train['ema_halflife']:,} images"
     widths = state.widths

@@ -1,4 +1,4 @@
-"""What a latent cache holds, in words and in two pictures."""
+"""Describe a latent cache, in words and in two pictures."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pipeline.device import pick_device
 from pipeline.pictures import pairs_sheet, save_figure, save_png
 from pipeline.vae import FrozenVae, to_images
 
-PAIRS = 24  # images shown beside what the VAE keeps of them
-SAMPLED = 4096  # images whose latents make the histograms
+PAIRS = 24  # images shown beside their decoded latents
+SAMPLED = 4096  # images whose latents are in the histograms
 
 
 def info(config: Config, cache: Path | None) -> None:
     """Print the figures of `cache`, or of the config's, and write `info/pairs.png` and `info/histogram.png` into it.
 
-    The pairs need the images: without them, or with another data set in the config, there are none. ValueError when a
-    shard that is drawn is damaged.
+    The pairs need the images: without them, or with another data set in the config, there are none. ValueError if a
+    shard that is shown is damaged.
     """
     path = cache or config.cache.path
     committed, failed, pending = progress(path)
@@ -39,7 +39,7 @@ def info(config: Config, cache: Path | None) -> None:
     latents = LatentCache(path)
     print("\n".join(_lines(latents)))
     _save_histogram(latents, path / "info" / "histogram.png")
-    print(f"histograms of latents, one a channel: {path}/info/histogram.png")
+    print(f"histograms of latents, one per channel: {path}/info/histogram.png")
     try:
         source = source_of(config, path)
     except NoImagesError as error:
@@ -92,7 +92,7 @@ def _range(counts: NDArray[np.int64]) -> str:
 
 
 def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path) -> tuple[int, float]:
-    """Images evenly spread over the cache, above what is decoded from their latents; how many, the PSNR over all."""
+    """Save evenly spread images of a cache above their decoded latents; return how many, and the PSNR over all."""
     chosen = np.unique(np.linspace(0, len(latents) - 1, PAIRS).astype(np.int64))
     index = {key: i for i, key in enumerate(source.keys)}
     keys = latents.keys()
@@ -108,13 +108,13 @@ def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path
 
 
 def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of the mean squared error over all values."""
+    """Return the peak signal-to-noise ratio in dB of the mean squared error over all values."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / np.maximum(error, 1e-10)))
 
 
 def _save_histogram(latents: LatentCache, file: Path) -> None:
-    """Values of the first view's posterior means, one panel a channel, over the Gaussian of the full set's moments."""
+    """Save histograms of the first view's posterior means, one panel per channel, with the Gaussian of all latents."""
     from matplotlib.figure import Figure
 
     manifest: Manifest = latents.manifest

@@ -31,12 +31,12 @@ from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
 
 
 def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None) -> Path:
-    """Draw `sample.per_class` images of every class asked for; the folder with their latents, `to` or one of the run.
+    """Draw `sample.per_class` images of every requested class, from `checkpoint` or the newest one of the run.
 
-    They are drawn from `checkpoint`, or from the newest one of the run.
+    Return the folder with their latents: `to`, or one in the run's folder.
     """
     checkpoint = checkpoint or require_checkpoint(run)
-    config, chosen = settle(config, checkpoint)
+    config, chosen = resolve_sample_settings(config, checkpoint)
     labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
     folder = to or sample_folder(config, run, checkpoint)
     names = checkpoint.state.classes
@@ -58,40 +58,42 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
 
 
 def drawn_folder(config: Config, run: Path) -> Path:
-    """The folder in which the samples that `config` describes are, or would be."""
+    """Return the folder of the samples that `config` describes, whether or not it exists."""
     checkpoint = require_checkpoint(run)
-    return sample_folder(settle(config, checkpoint)[0], run, checkpoint)
+    return sample_folder(resolve_sample_settings(config, checkpoint)[0], run, checkpoint)
 
 
-def settle(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[int]]:
-    """`config` with the guidance and the names of the classes that are drawn, and their indices. What is not as it was
-    asked for is said in a line, or refused with a ValueError."""
-    state, asked = checkpoint.state, config.sample
-    chosen = choose_classes(asked.classes, state.classes, state.class_counts)
-    guidance, line = usable_guidance(asked.guidance, without_class=state.without_class, classes=len(state.classes))
+def resolve_sample_settings(config: Config, checkpoint: Checkpoint) -> tuple[Config, list[int]]:
+    """Return `config` with the guidance and the class names that are used, and the indices of these classes.
+
+    A line is printed for each setting that differs from the request; ValueError for one that is impossible."""
+    state, requested = checkpoint.state, config.sample
+    chosen = choose_classes(requested.classes, state.classes, state.class_counts)
+    guidance, line = usable_guidance(requested.guidance, without_class=state.without_class, classes=len(state.classes))
     if line:
         print(line)
     every = chosen == list(range(len(state.classes)))
     names = () if every else tuple(state.classes[kind] for kind in chosen)
-    settled = asked.model_copy(update={"guidance": guidance, "classes": names})
-    return config.model_copy(update={"sample": settled}), chosen
+    resolved = requested.model_copy(update={"guidance": guidance, "classes": names})
+    return config.model_copy(update={"sample": resolved}), chosen
 
 
 def require_checkpoint(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run; ValueError when there is none."""
-    checkpoint, passed_over = newest_checkpoint(run)
-    for line in passed_over:
-        print(f"passed over {line}")
+    """Open the newest intact checkpoint of a run; ValueError if there is none."""
+    checkpoint, skipped = newest_checkpoint(run)
+    for line in skipped:
+        print(f"skipped {line}")
     if not checkpoint:
         raise ValueError(f"--run: no checkpoint in {run}/checkpoints: run train first")
     return checkpoint
 
 
 def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequence[int]) -> list[int]:
-    """Indices of the classes `wanted`, each given as its name, its index or `index:2`; none means all with images.
+    """Return the indices of the classes `wanted`, each given as its name, its index or `index:2`; none means all with
+    images.
 
-    A name wins over an index, which is said. `counts` are the images of each class that the model was trained on.
-    ValueError for a class that is not there or was never trained.
+    A name takes precedence over an index, with a message. `counts` are the training images of each class. ValueError
+    for a class that does not exist or was never trained.
     """
     if not wanted:
         empty = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -102,7 +104,7 @@ def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequen
     chosen = list(dict.fromkeys(_find_class(each, names) for each in wanted))
     for kind in chosen:
         if not counts[kind]:
-            raise ValueError(f"sample.classes: {names[kind]!r} had no images in training: nothing is known of it")
+            raise ValueError(f"sample.classes: {names[kind]!r} had no images in training, so it cannot be drawn")
     return chosen
 
 
@@ -126,7 +128,7 @@ def _find_class(wanted: str, names: Sequence[str]) -> int:
 
 
 def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
-    """A folder whose name says how its samples were drawn; the classes are in it where they are not all."""
+    """Return the folder of the samples; its name states how they are drawn, and a digest of the classes if not all."""
     s = config.sample
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
     if s.precision != "auto":
@@ -160,7 +162,7 @@ def _draw_batch(
     batch: range,
     labels: np.ndarray[Any, Any],
 ) -> torch.Tensor:
-    """Latents `B C h w` of the samples with the indices `batch`, as the VAE's decoder takes them."""
+    """Draw the samples with the indices `batch`: latents `B C h w`, on the scale of the VAE's decoder."""
     latents = draw_samples(
         model,
         checkpoint.state.noise,
@@ -199,7 +201,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
 
 
 def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """All that is needed to draw the same samples again."""
+    """Return everything that is needed to draw the same samples again."""
     names = checkpoint.state.classes
     return {
         "checkpoint": str(checkpoint.path),

@@ -20,10 +20,10 @@ from pipeline.training.trainer import Trainer, preview_missing
 
 
 def train(config: Config, run: Path, on_step: Callable[[Trainer], None] | None = None) -> None:
-    """Train until `train.images` images were seen, from the newest checkpoint of `run` where there is one; `on_step` is
-    called at the end of every step.
+    """Train until `train.images` images are seen, from the newest checkpoint of `run` if it has one.
 
-    SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
+    `on_step` is called at the end of every step. After a SIGINT, SIGTERM or SIGUSR1, a checkpoint is saved and
+    SystemExit raised, with 128 + the signal's number.
     """
     check_run_folder(run, "--run", cache=config.cache.path)
     probe(run, "--run")

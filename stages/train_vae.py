@@ -1,11 +1,11 @@
-"""Train the small autoencoder that lies in the repository, on solids and a folder of photographs.
+"""Train the small autoencoder that is bundled with the repository, on solids and a folder of photographs.
 
-Each step sees whole solids and whole photographs. The loss is the mean squared error plus `BETA` times the posterior's
-divergence from a unit Gaussian in nats a latent dimension (Kingma and Welling 2014, equation 10). In the last part of
-the training, there are a perceptual distance and a discriminator as well (`pipeline/perceptual.py`), for sharpness that
-squared error cannot give. Latents that a diffusion model draws are never exact: so the decoder gets them with noise of
-a random level, about `NOISE` of their standard deviation (Zheng et al. 2025, "Diffusion transformers with
-representation autoencoders", section 4.3).
+Each step sees whole solids and whole photographs. The loss is the mean squared error plus `BETA` times the KL
+divergence of the posterior from a unit Gaussian, in nats per latent dimension (Kingma and Welling 2014, equation 10).
+The last part of the training adds a perceptual distance and a discriminator (`pipeline/perceptual.py`), for sharpness
+that squared error cannot give. Latents that a diffusion model draws are never exact, so the decoder is trained on
+latents with noise of a random level, about `NOISE` of their standard deviation (Zheng et al. 2025, "Diffusion
+transformers with representation autoencoders", section 4.3).
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from pipeline.vae_init import anchored_autoencoder
 CHANNELS, LATENT_CHANNELS = (16, 32, 128), 6
 BETA, NOISE = 3e-3, 0.15
 PERCEPTUAL, ADVERSARIAL = 0.1, 0.01
-SHARP = 0.6  # share of the training after which the last two begin to count
+SHARP = 0.6  # share of the training after which these two losses are added
 LR, WARMUP, DECAY = 2e-3, 0.02, 0.5
 HALFLIFE = 2_000  # of the averaged weights, in images
 SOLIDS, SOLIDS_SIZE, SOLIDS_BATCH = 20_000, 64, 4
 PHOTO_SIZE, PHOTO_BATCH = 32, 16
-HELD_OUT = 0.1  # share of the photographs that is never trained on: that which `data.heldout: 0.1` holds out
-MEASURED = 1_000  # held-out images of each kind, for the figures of the card; those of training are REFERENCE
+HELD_OUT = 0.1  # share of the photographs that is not trained on: the same as with `data.heldout: 0.1`
+MEASURED = 1_000  # held-out images of each kind for the model card, measured against REFERENCE training images
 REFERENCE = 5_000
 REPORT_EVERY = 2_000  # steps
 
 
 class VaeTraining:
-    """The autoencoder, what it is trained against, and the average of its weights."""
+    """Trains the autoencoder and keeps the average of its weights."""
 
     def __init__(self, photos: Path, *, steps: int, seed: int) -> None:
         torch.manual_seed(coordinate_seed("vae", seed))
@@ -67,11 +67,13 @@ class VaeTraining:
         self.optimizers = make_optimizers(self.vae, kind="muon", lr=LR, betas=(0.9, 0.99), weight_decay=0)
         self.average = Average(self.vae, partial(halflife_weight, halflife=HALFLIFE))
         self.backbone, self.discriminator = Backbone(), Discriminator()
-        self.opponent = torch.optim.AdamW(self.discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9), weight_decay=0)
+        self.discriminator_optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9), weight_decay=0
+        )
         self.steps, self.seed = steps, seed
 
     def step(self, number: int) -> None:
-        """One update of the autoencoder and, in the last part, of the discriminator."""
+        """Update the autoencoder once and, in the last part of the training, the discriminator."""
         progress, size = number / self.steps, SOLIDS_BATCH + PHOTO_BATCH
         draws = torch.Generator().manual_seed(coordinate_seed("vae", self.seed, number))
         set_lr(self.optimizers, self._lr(progress))
@@ -90,7 +92,7 @@ class VaeTraining:
         self.average.update(images_seen=(number + 1) * size, batch_size=size)
 
     def _lr(self, progress: float) -> float:
-        """Up over the first WARMUP, and down to 0 over the last DECAY of the training."""
+        """Return the learning rate: up over the first WARMUP, and down to 0 over the last DECAY of the training."""
         million = 1_000_000
         return lr_at(
             int(progress * million),
@@ -102,7 +104,7 @@ class VaeTraining:
         )
 
     def _sharpness(self, batches: list[Tensor], reconstructions: list[Tensor]) -> Tensor:
-        """The perceptual and adversarial loss of the autoencoder; moves the discriminator by a step of its own."""
+        """Return the perceptual and adversarial loss of the autoencoder, and update the discriminator once."""
         total, judging = torch.zeros(()), torch.zeros(())
         for pixels, made in zip(batches, reconstructions, strict=True):
             with torch.no_grad():
@@ -114,12 +116,12 @@ class VaeTraining:
             self.discriminator.requires_grad_(True)
             total = total + PERCEPTUAL * perceptual_distance(maps, real) + ADVERSARIAL * adversarial
         judging.backward()
-        self.opponent.step()
-        self.opponent.zero_grad()
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
         return total
 
     def averaged(self) -> AutoencoderKL:
-        """The autoencoder with averaged weights."""
+        """Return the autoencoder with averaged weights."""
         vae = AutoencoderKL.from_config(self.vae.config)
         vae.load_state_dict(self.average.tensors)
         return vae.to(memory_format=torch.channels_last).eval()
@@ -143,7 +145,7 @@ def train_vae(photos: Path, to: Path, *, steps: int, seed: int = 0) -> None:
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor, progress: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What pixels `B 3 H W` are decoded to, and the loss of it that needs no other network."""
+    """Return the reconstruction of pixels `B 3 H W`, and the part of its loss that needs no other network."""
     posterior = vae.encode(pixels).latent_dist
     latents = noisy(posterior.sample(draws), draws)
     made = vae.decode(latents).sample
@@ -152,7 +154,7 @@ def reconstruct(vae: AutoencoderKL, pixels: Tensor, progress: float, draws: torc
 
 
 def noisy(latents: Tensor, draws: torch.Generator) -> Tensor:
-    """Latents `B C h w` with noise, of another level in each image; its scale is that of each channel."""
+    """Add noise to latents `B C h w`, of a random level for each image, relative to the std of each channel."""
     scale = latents.detach().std(dim=(0, 2, 3), keepdim=True)
     level = NOISE * torch.randn(len(latents), 1, 1, 1, generator=draws).abs()
     return latents + level * scale * torch.randn(latents.shape, generator=draws)
@@ -160,7 +162,7 @@ def noisy(latents: Tensor, draws: torch.Generator) -> Tensor:
 
 @dataclass
 class Features:
-    """Feature vectors `N D` in memory, as figures read them."""
+    """Holds feature vectors `N D` in memory (see `pipeline.evaluation.figures.Features`)."""
 
     vectors: NDArray[np.float32]
 
@@ -176,16 +178,16 @@ class Features:
 
 
 class Judged:
-    """Images that are not trained on, and how their reconstructions are measured."""
+    """Measures the reconstructions of held-out images."""
 
     def __init__(self, trained: Tensor, images: Tensor) -> None:
         self.network = open_network("effnet_lite0", None, torch.device("cpu"))
-        self.images = some(images, MEASURED)
-        self.reference = self._features(some(trained, REFERENCE))
+        self.images = random_subset(images, MEASURED)
+        self.reference = self._features(random_subset(trained, REFERENCE))
         self.similarity = mean_similarity(self.reference, self.network.device)
 
     def report(self, vae: AutoencoderKL) -> str:
-        """PSNR, divergence and kernel distance of the reconstructions."""
+        """Return PSNR, KL divergence and kernel distance of the reconstructions as text."""
         psnr, nats = measure(vae, self.images)
         features = self._features(reconstructions(vae, self.images))
         distance = kernel_distance(features, self.reference, self.similarity, self.network.device).value
@@ -195,21 +197,21 @@ class Judged:
         return Features(self.network.features(images).numpy())
 
 
-def some(images: Tensor, count: int) -> Tensor:
-    """`count` of `images`, drawn evenly: every n-th of the solids would leave out classes."""
+def random_subset(images: Tensor, count: int) -> Tensor:
+    """Return `count` of `images`, chosen at random: every n-th of the solids would leave out classes."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 @torch.inference_mode()
 def reconstructions(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """uint8 `N H W 3` through the mean of the posterior, and back to uint8."""
+    """Reconstruct images uint8 `N H W 3` from the posterior mean; return uint8, too."""
     chunks = (to_pixels(chunk).contiguous(memory_format=torch.channels_last) for chunk in images.split(100))
     return torch.cat([to_images(vae.decode(vae.encode(chunk).latent_dist.mode()).sample) for chunk in chunks])
 
 
 @torch.inference_mode()
 def measure(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
-    """PSNR in dB of the mean squared error over all of `images` (uint8 `N H W 3`), and nats a latent dimension."""
+    """Return PSNR in dB over all of `images` (uint8 `N H W 3`), and KL divergence in nats per latent dimension."""
     errors, nats = [], []
     for chunk in images.split(100):
         pixels = to_pixels(chunk).contiguous(memory_format=torch.channels_last)
@@ -222,14 +224,14 @@ def measure(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 def latent_std(vae: AutoencoderKL, sets: list[Tensor]) -> float:
-    """Standard deviation of the posterior's means over all channels and images: diffusers' scaling factor inverted."""
+    """Return the std of the posterior means over all channels and images, the inverse of diffusers' scaling factor."""
     chunks = [chunk for images in sets for chunk in images.split(100)]
     means = [vae.encode(to_pixels(chunk)).latent_dist.mode().flatten() for chunk in chunks]
     return torch.cat(means).std().item()
 
 
 def load(source: Source) -> Tensor:
-    """All images of a data set, uint8 `N H W 3`."""
+    """Load all images of a data set, uint8 `N H W 3`."""
     batch = source.load(range(len(source.keys)))
     if batch.failures:
         index, reason = next(iter(batch.failures.items()))
@@ -238,7 +240,7 @@ def load(source: Source) -> Tensor:
 
 
 def draw(images: Tensor, count: int, draws: torch.Generator) -> Tensor:
-    """`count` of `images` as pixels, each mirrored or not."""
+    """Draw `count` of `images` at random as pixels; half of them are mirrored."""
     pixels = to_pixels(images[torch.randint(len(images), (count,), generator=draws)])
     mirrored = torch.rand(count, 1, 1, 1, generator=draws) < 0.5
     return torch.where(mirrored, pixels.flip(-1), pixels).contiguous(memory_format=torch.channels_last)

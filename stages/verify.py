@@ -1,4 +1,4 @@
-"""Compare every byte of a cache with what was written, and write anew what differs."""
+"""Verify every file of a cache against its SHA-256, and encode damaged shards again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data.cache.manifest import Manifest
 from data.cache.reader import ROWS, LatentCache
 from data.cache.writer import CacheWriter
 from data.text import counted
-from pipeline.config import Config, parts_of
+from pipeline.config import Config, cache_configs
 
 
 def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
@@ -19,7 +19,7 @@ def verify(config: Config, cache: Path | None, *, repair: bool) -> None:
 
     With `repair` the shards among them are encoded again, from the images of `config`.
     """
-    for path in [cache] if cache else [part.cache.path for part in parts_of(config)]:
+    for path in [cache] if cache else [part.cache.path for part in cache_configs(config)]:
         _verify_one(config, path, repair=repair)
 
 
@@ -31,22 +31,22 @@ def _verify_one(config: Config, path: Path, *, repair: bool) -> None:
         for file in files:
             try:
                 problem = file.problem(path)
-            except OSError as error:  # of this file; the others are to be known, too
+            except OSError as error:  # report it and check the other files, too
                 problem = f"cannot be read: {error.strerror}"
             if problem:
                 wrong.append(file.file)
                 tqdm.write(f"verify: {path / file.file}: {problem}")
             bar.update(file.size)
     if not wrong:
-        LatentCache(path)  # names and sizes are those of the format
+        LatentCache(path)  # checks names and sizes
         counts = f"{counted(len(files), 'file')}, {counted(manifest.committed, 'image')}"
-        print(f"verify: {counts}: all as they were written: {path}")
+        print(f"verify: {counts}: all match their SHA-256: {path}")
     elif repair:
         _repair(config, path, manifest, wrong)
     else:
         raise ValueError(
-            f"{path}: {len(wrong):,} of {counted(len(files), 'file')}, the first {wrong[0]}, not what was written:"
-            " verify --repair writes anew what differs"
+            f"{path}: missing or damaged: {len(wrong):,} of {counted(len(files), 'file')}, the first {wrong[0]}:"
+            " verify --repair encodes damaged shards again"
         )
 
 
@@ -61,7 +61,10 @@ def _repair(config: Config, path: Path, manifest: Manifest, wrong: list[str]) ->
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
     vae = FrozenVae(config.vae.source, pick_device())
     if ROWS in wrong and Rows.of(source).file != listing_of(manifest):
-        raise ValueError(f"{config.cache.path}: which image each row is cannot be told any more: encode into a new one")
+        raise ValueError(
+            f"{config.cache.path}: {ROWS} is damaged and the data set has changed, so rows cannot be matched to images:"
+            " encode into a new cache"
+        )
     plan, rows = plan_rows(config, source, vae)
     writer = CacheWriter(config.cache.path, plan, rows)
     bad = [i for i, shard in enumerate(manifest.shards) if shard.file in wrong]

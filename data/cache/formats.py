@@ -1,4 +1,4 @@
-"""The two formats of a latent cache, and what a format has to offer."""
+"""Declares the two formats of a latent cache and the interface that each of them implements."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from data.cache.mapping import Layout
 
 
 class ShardFormat(Protocol):
-    """How rows become the bytes of shard files: a module such as `data.cache.zarr_format`."""
+    """Encodes rows to the bytes of shard files; modules such as `data.cache.zarr_format` implement this interface."""
 
-    FOLDER: str  # of the shards
-    LABELS: str  # the file with the label of every row
-    OTHER_FILES: tuple[str, ...]  # all files of the format but the shards
-    KEEPS_FAILED: bool  # whether a row that failed has a place in its shard
+    FOLDER: str  # holds the shards
+    LABELS: str  # file with the label of every row
+    OTHER_FILES: tuple[str, ...]  # all files of the format except the shards
+    KEEPS_FAILED: bool  # whether a failed row keeps its position in the shard
 
     def layout(self, plan: Plan) -> Layout:
-        """Where a row lies in a shard."""
+        """Return the layout of rows in a shard."""
         ...
 
     def shard_file(self, number: int) -> str:
-        """The name of a shard's file in the folder of the cache."""
+        """Return the name of a shard's file, relative to the cache folder."""
         ...
 
     def shard_size(self, plan: Plan, rows: int) -> int:
-        """Bytes of a shard of that many rows."""
+        """Return the size in bytes of a shard with that many rows."""
         ...
 
     def encode_shard(self, plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
-        """The bytes of a shard of `values` `n V 2C h w` and `labels` `n`."""
+        """Encode a shard with `values` `n V 2C h w` and `labels` `n`."""
         ...
 
     def other_files(self, plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
-        """The contents of `OTHER_FILES`; `labels` are those of all rows."""
+        """Return the contents of `OTHER_FILES`; `labels` are those of all rows."""
         ...
 
     def decode_labels(self, payload: bytes) -> NDArray[np.int64]:
-        """The labels of all rows from the bytes of the file `LABELS`."""
+        """Decode the labels of all rows from the bytes of the file `LABELS`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Which image each row of a cache is: the listing of a data set, in the order that the cache keeps."""
+"""Lists which image each row of a cache holds: the listing of a data set, in the order that the cache keeps."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.cache.manifest import Draft, File, Manifest
-from data.cache.reader import ROWS, verified
+from data.cache.reader import ROWS, read_verified_file
 from data.sources.base import NO_CLASS, Source, same_size
 
-_DIGESTS_AT_A_TIME = 256  # files that a process reads before it answers
+_DIGESTS_AT_A_TIME = 256  # files per item of a worker process
 
 
 class Change(NamedTuple):
-    """Keys in which a data set differs from the listing of a cache."""
+    """Lists the keys in which a data set differs from the listing of a cache."""
 
     added: list[str]
     gone: list[str]
-    edited: list[str]  # another file, or another class
-    touched: list[str]  # another time, but the size and class of before: perhaps a copy
+    edited: list[str]  # different file or class
+    touched: list[str]  # different time, but the same size and class: perhaps a copy
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Row i has the key `keys[i]`, the class `classes[labels[i]]` and, in its source, the index `order[i]`."""
+    """Lists all rows: row i has the key `keys[i]`, class `classes[labels[i]]` and, in its source, index `order[i]`."""
 
     keys: Sequence[str]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    stamps: Sequence[str]  # change when an image's file changes; empty where there are no files
+    stamps: Sequence[str]  # one per row; changes when the image file changes; empty if there is no file
     order: NDArray[np.int64]
 
     @classmethod
@@ -45,16 +45,17 @@ class Rows:
 
     @classmethod
     def load(cls, cache: Path, plan: Manifest | Draft) -> Rows:
-        """What `rows.jsonl` of the cache at `cache` says; ValueError unless its hash is recorded in `plan`."""
-        lines = [json.loads(line) for line in verified(cache, plan, ROWS).splitlines()]
+        """Read `rows.jsonl` of the cache at `cache`; ValueError unless its SHA-256 is recorded in `plan`."""
+        lines = [json.loads(line) for line in read_verified_file(cache, plan, ROWS).splitlines()]
         keys, labels, stamps = ([line[name] for line in lines] for name in ("key", "label", "stamp"))
         return cls(keys, np.array(labels, np.int64), plan.classes, stamps, np.arange(len(lines)))
 
     @classmethod
     def aligned(cls, source: Source, cache: Path, plan: Manifest | Draft) -> tuple[Rows, Change]:
-        """The images of `source`, those of `cache` first in its order, and what is no longer as the cache lists it.
+        """Order the images of `source` as `cache` does, new ones last; also return how the two listings differ.
 
-        The cache's classes keep their numbers. ValueError when its list is damaged, unless `source` is the very list.
+        The cache's classes keep their numbers. ValueError if the cache's listing is damaged, unless that of `source`
+        is identical to it.
         """
         rows, classes = cls.of(source), plan.classes
         if rows.classes == classes and rows.file == listing_of(plan):
@@ -77,22 +78,22 @@ class Rows:
         return rows._reordered(order, classes), change
 
     def with_stamps_of(self, cache: Path, plan: Manifest | Draft, keys: Iterable[str]) -> Rows:
-        """The same rows, but for `keys` with the stamps that `cache` has: their files are the same in all but time."""
+        """Return the same rows with the stamps of `cache` for `keys`, whose files differ in time only."""
         old, wanted = Rows.load(cache, plan), set(keys)
         stamps = {key: stamp for key, stamp in zip(old.keys, old.stamps, strict=True) if key in wanted}
         return replace(self, stamps=[stamps.get(k, stamp) for k, stamp in zip(self.keys, self.stamps, strict=True)])
 
     def class_of(self, label: int) -> str | None:
-        """The name of a label's class; None of an image without a class."""
+        """Return the name of a label's class; None for an image without a class."""
         return None if label == NO_CLASS else self.classes[label]
 
     @cached_property
     def file(self) -> File:
-        """Size and hash of `rows.jsonl`."""
+        """Return size and SHA-256 of `rows.jsonl`."""
         return File.of(ROWS, self.lines())
 
     def lines(self) -> bytes:
-        """The contents of `rows.jsonl`."""
+        """Return the contents of `rows.jsonl`."""
         return "".join(
             json.dumps({"row": row, "key": key, "label": label, "stamp": stamp}) + "\n"
             for row, (key, stamp, label) in enumerate(self._entries())
@@ -115,12 +116,12 @@ class Rows:
 
 
 def listing_of(plan: Manifest | Draft) -> File:
-    """Size and hash that `rows.jsonl` of a cache has or, while it is being replaced, is to have."""
+    """Return size and SHA-256 of the `rows.jsonl` of a cache or, while it is being replaced, of the new one."""
     return next(file for file in plan.files if file.file == ROWS)
 
 
 def digests_of(source: Source, indices: NDArray[np.int64], *, workers: int) -> list[str]:
-    """The digest of the file of each image, read now by that many processes; empty where one cannot be read."""
+    """Read the file of each image with `workers` processes and return its digest; empty if it cannot be read."""
     from torch.utils.data import DataLoader
 
     parts = np.array_split(indices, -(-len(indices) // _DIGESTS_AT_A_TIME))
@@ -130,7 +131,7 @@ def digests_of(source: Source, indices: NDArray[np.int64], *, workers: int) -> l
 
 @dataclass(frozen=True)
 class _Digests:
-    """Item i is the digests of the i-th part of the images."""
+    """Computes as item i the digests of the i-th part of the images."""
 
     source: Source
     parts: Sequence[NDArray[np.int64]]

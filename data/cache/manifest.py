@@ -1,4 +1,4 @@
-"""What a latent cache says of itself. Its readers check what they rely on and refuse a mismatch, naming the field."""
+"""Defines the manifest and the other JSON records of a latent cache. Readers refuse a mismatch, naming the field."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from data.storage import checked, checksum, publish_checked, read, sha256_file
+from data.storage import checksum, publish_checked, read, sha256_file, strip_checksum
 
 MANIFEST = "manifest.json"
-FAILED = -1  # the label of a row that has no latents; NO_CLASS is that of an image without a class
+FAILED = -1  # label of a row that has no latents; NO_CLASS is the label of an image without a class
 Model = TypeVar("Model", bound=BaseModel)
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(gt=0, lt=2**63)]  # of what numpy counts
+Count = Annotated[int, Field(gt=0, lt=2**63)]  # fits into int64
 
 
 class Record(BaseModel):
-    """What is kept as JSON: nothing unknown, nothing changed, no NaN."""
+    """Is the base of all JSON records: frozen, without unknown fields, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VaeIdentity(Record):
-    """The autoencoder whose latents these are; `weights_sha256` is over names, types, shapes and values.
+    """Identifies the autoencoder that made the latents; `weights_sha256` covers names, types, shapes and values.
 
-    `latents_mean` and `latents_std`, one a latent channel, are those of its config, where that has them.
+    `latents_mean` and `latents_std`, one value per latent channel, come from its config, if it has them.
     """
 
     source: str
@@ -35,18 +35,18 @@ class VaeIdentity(Record):
     weights_sha256: Digest
     scaling_factor: float
     shift_factor: float
-    downsampling: PositiveInt  # pixels to one latent position, along each side
+    downsampling: PositiveInt  # pixels per latent position, along each side
     input_range: tuple[float, float] = (-1.0, 1.0)
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
 
 class Plan(Record):
-    """All that is known before the first latent is written. Two encodes with one plan write the same bytes."""
+    """Holds all that is known before encoding starts. Two encodes with the same plan write the same bytes."""
 
     format_version: Literal[1] = 1
     format: Literal["zarr", "webdataset"] = "zarr"
-    store: Literal["moments", "mean"]  # mean and std of the posterior, or the mean alone
+    store: Literal["moments", "mean"]  # posterior mean and std, or the mean alone
     dtype: Literal["float16", "float32"]
     views: tuple[Literal["identity", "flip"], ...] = Field(min_length=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels (2C for moments), h, w
@@ -56,11 +56,11 @@ class Plan(Record):
     classes: tuple[str, ...]
     data_source: str
     data_fingerprint: Digest
-    data_bytes: NonNegativeInt  # of all image files; 0 where images are drawn
+    data_bytes: NonNegativeInt  # of all image files; 0 for rendered images
     image_size: PositiveInt
     preprocessing: str
     vae: VaeIdentity
-    # in which the VAE computed; not in manifests that are older than the field
+    # of the VAE's arithmetic; older manifests lack this field
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", exclude_if=lambda value: value == "fp32")
 
     @property
@@ -69,7 +69,7 @@ class Plan(Record):
 
     @property
     def row_shape(self) -> tuple[int, int, int, int]:
-        """V 2C h w."""
+        """Return the shape `V 2C h w` of a row."""
         return (len(self.views), *self.shape)
 
     @property
@@ -81,13 +81,13 @@ class Plan(Record):
         return -(-self.rows // self.shard_rows)
 
     def rows_of(self, shard: int) -> range:
-        """The rows that shard number `shard` holds."""
+        """Return the rows of shard number `shard`."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
 
 class Failure(Record):
-    """An image that has no latents, and why."""
+    """Records an image that has no latents, and why."""
 
     row: NonNegativeInt
     key: str
@@ -95,7 +95,7 @@ class Failure(Record):
 
 
 class File(Record):
-    """A file of the cache, by its name in the cache's folder."""
+    """Records a file of the cache; its name is relative to the cache folder."""
 
     file: str
     size: NonNegativeInt
@@ -106,74 +106,74 @@ class File(Record):
         return cls(file=name, size=len(payload), sha256=hashlib.sha256(payload).hexdigest())
 
     def size_problem(self, folder: Path) -> str | None:
-        """What is wrong with the size of the file in `folder`; None when nothing is."""
+        """Return what is wrong with the size of the file in `folder`, or None."""
         where = folder / self.file
         if not where.is_file():
             return "missing"
         size = where.stat().st_size
-        return None if size == self.size else f"{size} bytes, {self.size} were written"
+        return None if size == self.size else f"{size} bytes, expected {self.size}"
 
     def problem(self, folder: Path) -> str | None:
-        """What is wrong with the file in `folder`, all of which is read; None when it is what was written."""
+        """Read the whole file in `folder` and return what is wrong with it, or None."""
         if sized := self.size_problem(folder):
             return sized
         same = sha256_file(folder / self.file) == self.sha256
-        return None if same else "damaged: its SHA-256 is not that of what was written"
+        return None if same else "damaged: its SHA-256 is not the recorded one"
 
 
 class Draft(Plan):
-    """A cache that is being written: the plan, and the files that are known already."""
+    """Records an unfinished cache: its plan, and the files that are known already."""
 
-    files: tuple[File, ...]  # rows.jsonl; where it is being replaced, as it is to be and as it was
+    files: tuple[File, ...]  # rows.jsonl; while it is being replaced, the new and the old one
 
 
 class Shard(File):
-    """One file of latents; the sums are over the C latent channels of its committed rows."""
+    """Records one file of latents; the sums are over its committed rows, one per latent channel."""
 
     rows: PositiveInt
     failed: NonNegativeInt
-    values: NonNegativeInt  # values a channel in the sums
+    values: NonNegativeInt  # number of values per channel in the sums
     total: tuple[float, ...]
-    squares: tuple[float, ...]  # sum of mean^2 + std^2: the second moment of latents drawn from the posterior
+    squares: tuple[float, ...]  # sum of mean^2 + std^2: the second moment of posterior samples
 
 
 class ShardRecord(Record):
-    """What the writer keeps of a finished shard until the manifest is assembled."""
+    """Records a finished shard until the manifest is written."""
 
     shard: Shard
     failures: tuple[Failure, ...]
-    digests: tuple[str, ...]  # a row: of its image file's bytes; empty where it failed, or there is no file
+    digests: tuple[str, ...]  # of each row's image file; empty if the row failed or there is no file
 
 
 class KeptShard(Record):
-    """What stays of a shard that is written anew: its `rows`, from their `places` in `file`, and its `failures`."""
+    """Records what a rewritten shard keeps: `rows`, their `places` in the old `file`, and `failures`."""
 
     file: File
     rows: tuple[int, ...]
     places: tuple[int, ...]
-    digests: tuple[str, ...]  # as `rows`
+    digests: tuple[str, ...]  # one per row of `rows`
     failures: tuple[Failure, ...]
 
 
 class Manifest(Plan):
-    """A finished cache: the plan, what came of it, and the full set's mean and standard deviation a channel."""
+    """Records a finished cache: its plan, its files, and mean and standard deviation per channel of the full set."""
 
     committed: PositiveInt
     failed: NonNegativeInt
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shards: tuple[Shard, ...]
-    files: tuple[File, ...]  # all others
+    files: tuple[File, ...]  # all except the shards
 
     @model_validator(mode="after")
-    def _adds_up(self) -> Self:
+    def _check_consistency(self) -> Self:
         shards = self.shards
         rules = {
             "rows = committed + failed": self.rows == self.committed + self.failed,
             "failed = the failures of all shards": self.failed == sum(shard.failed for shard in shards),
             "shards cover all rows": [s.rows for s in shards] == [len(self.rows_of(i)) for i in range(len(shards))]
             and len(shards) == self.shard_count,
-            "one mean and one std a latent channel": len(self.mean) == len(self.std) == self.latent_channels,
+            "one mean and one std per latent channel": len(self.mean) == len(self.std) == self.latent_channels,
         }
         for rule, holds in rules.items():
             if not holds:
@@ -181,33 +181,32 @@ class Manifest(Plan):
         return self
 
     def plan(self) -> Plan:
-        """What the cache was asked to be."""
+        """Return the plan that the cache was written by."""
         return Plan(**{name: getattr(self, name) for name in Plan.model_fields})
 
     def sha256(self) -> str:
-        """Of all that stands in the manifest's file before its last field, which is this."""
+        """Return the last field of the manifest's file: the SHA-256 of all bytes before it."""
         return checksum(self.model_dump(mode="json"))
 
     def save(self, cache: Path) -> None:
-        """Publish the manifest; its last field is the SHA-256 of all that stands before it."""
+        """Publish the manifest; its last field is the SHA-256 of all bytes before it."""
         publish_checked(cache / MANIFEST, self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, cache: Path) -> Manifest:
-        """Read the manifest of the cache folder `cache`; ValueError when there is none or it is not one."""
+        """Read the manifest of the cache folder `cache`; ValueError if it is missing or invalid."""
         file = cache / MANIFEST
         if not file.is_file():
             hint = "it is not finished: run encode again" if cache.is_dir() else "run encode first"
             raise ValueError(f"cache.path: no latent cache at {cache}: {hint}")
-        return parse(cls, read(file), file, remedy=f"delete {cache} and write it anew")
+        return parse(cls, read(file), file, remedy=f"delete {cache} and create it again")
 
 
 def parse(model: type[Model], payload: bytes, file: Path, *, remedy: str) -> Model:
-    """The `model` that `publish_checked` wrote as `payload` of `file`; ValueError names the file, and the field or what
-    to do."""
-    text = checked(payload)
+    """Parse what `publish_checked` wrote to `file`; ValueError names the file, and the field or what to do."""
+    text = strip_checksum(payload)
     if text is None:
-        raise ValueError(f"{file}: damaged or edited: its SHA-256 is not the one it ends with: {remedy}")
+        raise ValueError(f"{file}: damaged or edited: its SHA-256 is not the one in its last field: {remedy}")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -219,7 +218,7 @@ def parse(model: type[Model], payload: bytes, file: Path, *, remedy: str) -> Mod
 
 
 def first_difference(expected: BaseModel, found: BaseModel, *, ignored: set[str]) -> tuple[str, Any, Any] | None:
-    """Name and both values of the first field of `expected`, but for `ignored`, that `found` holds differently."""
+    """Return the name and both values of the first field, except for `ignored`, in which `found` differs."""
     for name in (name for name in type(expected).model_fields if name not in ignored):
         ours, theirs = getattr(expected, name), getattr(found, name)
         if isinstance(ours, BaseModel):

@@ -1,4 +1,4 @@
-"""Where a row lies in a shard file: both formats store rows in blocks of one size, so that a cache is one array."""
+"""Locates rows in shard files: both formats store rows in blocks of one size, so that a cache is one array."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.cache.manifest import Plan
 
 @dataclass(frozen=True)
 class Layout:
-    """A shard is blocks of `rows` rows, each block `lead` bytes, its rows, `trail` bytes; then what its format adds."""
+    """Describes a shard: blocks of `lead` bytes, `rows` rows and `trail` bytes, then what its format appends."""
 
     rows: int
     lead: int
@@ -28,14 +28,14 @@ class Layout:
         return self.lead + self.rows * plan.row_bytes + self.trail
 
     def size(self, plan: Plan, places: int) -> int:
-        """Bytes of the blocks that hold that many rows."""
+        """Return the size in bytes of the blocks that hold that many rows."""
         return -(-places // self.rows) * self.block_bytes(plan)
 
     def map(self, files: Sequence[Path], plan: Plan) -> NDArray[np.floating]:
-        """The shard files as one read-only array `shard block row V 2C h w` that takes no memory of its own.
+        """Memory-map the shard files as one read-only array `shard block row V 2C h w`.
 
-        A shard with fewer rows ends before its part of the array does, and there is nothing behind its end: the sizes
-        of the files must have been checked, and no place past the last row be read.
+        A shard with fewer rows ends before its part of the array does, and nothing is mapped after its end: check the
+        sizes of the files first, and never read past the last row.
         """
         blocks = -(-min(plan.shard_rows, plan.rows) // self.rows)
         page = mmap.ALLOCATIONGRANULARITY
@@ -43,7 +43,7 @@ class Layout:
         return self._view(map_side_by_side(files, stride), plan, (len(files), blocks), (stride, self.block_bytes(plan)))
 
     def view(self, shard: bytes, plan: Plan, places: int) -> NDArray[np.floating]:
-        """A shard with that many rows, all of whose bytes were read, as an array `block row V 2C h w`."""
+        """View the bytes of a shard with that many rows as an array `block row V 2C h w`."""
         return self._view(shard, plan, (-(-places // self.rows),), (self.block_bytes(plan),))
 
     def _view(
@@ -56,11 +56,11 @@ class Layout:
 
 
 def map_side_by_side(files: Sequence[Path], stride: int) -> NDArray[np.uint8]:
-    """Files mapped into memory `stride` bytes apart, read-only: one address range, so that numpy can gather from all
+    """Map files into memory `stride` bytes apart, read-only: in one address range, so that numpy can gather from all
     of them in one call. Bytes of a file beyond `stride` are not mapped.
     """
     reserved = mmap.mmap(-1, stride * len(files), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
-    whole = np.frombuffer(reserved, np.uint8)  # keeps `reserved`, and with it all mappings inside, alive
+    whole = np.frombuffer(reserved, np.uint8)  # keeps `reserved` and all mappings inside it alive
     libc = ctypes.CDLL(None, use_errno=True)
     libc.signal(signal.SIGBUS, _ON_SIGBUS)
     libc.mmap.restype = ctypes.c_void_p
@@ -80,14 +80,14 @@ def map_side_by_side(files: Sequence[Path], stride: int) -> NDArray[np.uint8]:
 _mapped: dict[Path, int] = {}  # files that this process has mapped, and how many bytes of each
 
 
-def _end_on_sigbus(number: int) -> None:
-    """Say which mapped file has lost bytes, and end: there is nothing that a read of them could return."""
+def _exit_on_sigbus(number: int) -> None:
+    """Print which mapped file was truncated and exit: reading the lost bytes has nothing to return."""
     shorter = [file for file, size in _mapped.items() if not file.is_file() or file.stat().st_size < size]
     what = f"{shorter[0]}: shorter than when it was opened" if shorter else "a mapped file: a page cannot be read"
-    way = "`latentmill verify` names what is damaged; what was saved stays, and the same command goes on"
-    os.write(2, f"\nerror: {what} (SIGBUS: changed by a program, a bad disk, or one that has gone): {way}\n".encode())
+    way = "`latentmill verify` names damaged files; saved work is kept: run the same command again to resume"
+    os.write(2, f"\nerror: {what} (SIGBUS: a program changed it, or its disk fails or is gone): {way}\n".encode())
     os._exit(128 + number)
 
 
-# not by signal.signal, whose handler would run after the read that cannot end
-_ON_SIGBUS = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_on_sigbus)
+# not signal.signal: its Python handler would run only after the read returns, which it never does
+_ON_SIGBUS = ctypes.CFUNCTYPE(None, ctypes.c_int)(_exit_on_sigbus)

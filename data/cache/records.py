@@ -1,4 +1,4 @@
-"""What is there so far of a latent cache, finished or not: its plan, and the record of every shard."""
+"""Reads the state of a latent cache, finished or not: its plan, and the record of every finished shard."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from data.cache.manifest import (
     first_difference,
     parse,
 )
-from data.cache.reader import DIGESTS, FAILURES, verified
+from data.cache.reader import DIGESTS, FAILURES, read_verified_file
 from data.storage import read
 
-PLAN = "plan.json"  # what is being written, until the manifest is there
-RECORDS = "records"  # the folder of the records of what is finished of it
-ANEW = "delete it, and the same command writes its shard anew"
-_PROVENANCE = {"batch_size", "data_source", "source"}  # recorded, but what they led to is pinned by the other fields
+PLAN = "plan.json"  # describes an unfinished cache; deleted after the manifest is written
+RECORDS = "records"  # folder with a record of every finished shard of an unfinished cache
+REWRITE_SHARD = "delete it and run the same command again to write its shard again"
+_PROVENANCE = {"batch_size", "data_source", "source"}  # not compared: other fields determine the bytes
 
 
 def existing_plan(path: Path) -> Manifest | Draft | None:
-    """What is planned of the finished or unfinished cache at `path`; None where there is none.
+    """Read the plan of the finished or unfinished cache at `path`; None if there is none.
 
-    ValueError when the folder holds something else.
+    ValueError if the folder holds something else.
     """
-    # In this order: of jobs that begin or end meanwhile, the plan comes before other files and goes after the manifest.
+    # Safe while other jobs start or finish: the plan is created first and deleted after the manifest exists.
     files = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
     planned = None
     with contextlib.suppress(FileNotFoundError):
@@ -38,22 +38,22 @@ def existing_plan(path: Path) -> Manifest | Draft | None:
     if (path / MANIFEST).exists():
         return Manifest.load(path)
     if planned is not None:
-        return parse(Draft, planned, path / PLAN, remedy=f"delete {path} and write it anew")
+        return parse(Draft, planned, path / PLAN, remedy=f"delete {path} and create it again")
     if files:
         raise ValueError(f"{path}: this folder has files, but is no latent cache: choose an empty or a new one")
     return None
 
 
-def recorded(path: Path) -> dict[int, ShardRecord]:
-    """The records of all shards that are there so far of the cache at `path`, by their numbers.
+def load_records(path: Path) -> dict[int, ShardRecord]:
+    """Load the records of all finished shards of the cache at `path`, by shard number.
 
-    Where a finished cache's `failures.jsonl` is damaged, a shard with failures has none: it must be encoded again. So
-    must all shards of image files whose digests are.
+    Shards without a record must be encoded again: shards with failures if the `failures.jsonl` of a finished cache is
+    damaged, and all shards of image files if their digests are.
     """
     if not (path / MANIFEST).exists():
-        files = sorted((path / RECORDS).glob("[0-9]*[0-9].json"))  # neither what is kept nor what is staged
-        with contextlib.suppress(FileNotFoundError):  # a job that finishes deletes them, once the manifest is there
-            return {int(file.stem): parse(ShardRecord, read(file), file, remedy=ANEW) for file in files}
+        files = sorted((path / RECORDS).glob("[0-9]*[0-9].json"))  # excludes kept and staged files
+        with contextlib.suppress(FileNotFoundError):  # a finishing job deletes them after writing the manifest
+            return {int(file.stem): parse(ShardRecord, read(file), file, remedy=REWRITE_SHARD) for file in files}
     manifest = Manifest.load(path)
     failures: dict[int, list[Failure]] = {}
     listed = next(file for file in manifest.files if file.file == FAILURES)
@@ -78,37 +78,37 @@ def recorded(path: Path) -> dict[int, ShardRecord]:
     }
 
 
-def recorded_digests(path: Path) -> dict[int, str]:
-    """The digest of the image file of every row that is committed so far in the cache at `path`."""
+def load_digests(path: Path) -> dict[int, str]:
+    """Load the digest of the image file of every row committed so far in the cache at `path`."""
     plan = existing_plan(path) or Manifest.load(path)
     if isinstance(plan, Manifest):
-        verified(path, plan, DIGESTS)  # or no image would be compared
+        read_verified_file(path, plan, DIGESTS)  # if damaged, fail instead of comparing no image
     return {
         row: digest
-        for number, record in recorded(path).items()
+        for number, record in load_records(path).items()
         for row, digest in enumerate(record.digests, plan.rows_of(number).start)
         if digest
     }
 
 
-def recorded_failures(path: Path) -> list[Failure]:
-    """The failures of all shards that are there so far of the cache at `path`."""
-    return [failure for record in recorded(path).values() for failure in record.failures]
+def load_failures(path: Path) -> list[Failure]:
+    """Load the failures of all finished shards of the cache at `path`."""
+    return [failure for record in load_records(path).values() for failure in record.failures]
 
 
 def progress(path: Path) -> tuple[int, int, int]:
-    """Images committed, failed and pending of the cache at `path`; ValueError where there is none."""
+    """Count the committed, failed and pending images of the cache at `path`; ValueError if there is no cache."""
     plan = existing_plan(path) or Manifest.load(path)
     if isinstance(plan, Manifest):
         return plan.committed, plan.failed, 0
-    shards = [record.shard for record in recorded(path).values()]
+    shards = [record.shard for record in load_records(path).values()]
     failed = sum(shard.failed for shard in shards)
     committed = sum(shard.rows for shard in shards) - failed
     return committed, failed, plan.rows - committed - failed
 
 
 def check_plan(path: Path, plan: Plan, *, ignored: Collection[str] = ()) -> Manifest | Draft | None:
-    """What is planned of the cache at `path`; ValueError names the first field, but for `ignored`, that differs."""
+    """Return the plan of the cache at `path`; ValueError names the first field, except for `ignored`, that differs."""
     found = existing_plan(path)
     difference = found and first_difference(plan, found, ignored={*_PROVENANCE, *ignored})
     if difference:

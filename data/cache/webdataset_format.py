@@ -1,4 +1,4 @@
-"""The cache as a webdataset: tar shards with `<row>.cls` and `<row>.moments.npy` for every committed row."""
+"""Stores the cache as a webdataset: tar shards with `<row>.cls` and `<row>.moments.npy` for every committed row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FOLDER = "shards"
 LABELS = "labels.npy"
 OTHER_FILES: tuple[str, ...] = (LABELS,)
 KEEPS_FAILED = False  # a webdataset has no empty places
-_BLOCK = 512  # tar pads every header and every member to it
+_BLOCK = 512  # tar pads every header and every member to a multiple of it
 _NPY_HEADER = 128
 
 
 def layout(plan: Plan) -> Layout:
-    """A row is a header, its class, a header and its array, each filled up to whole blocks; so all rows are alike."""
+    """Return the layout: header, class, header and array of a row are padded to whole blocks, so rows have one size."""
     return Layout(rows=1, lead=3 * _BLOCK + _NPY_HEADER, trail=-(_NPY_HEADER + plan.row_bytes) % _BLOCK)
 
 
@@ -28,13 +28,13 @@ def shard_file(number: int) -> str:
 
 
 def shard_size(plan: Plan, rows: int) -> int:
-    """Bytes of a shard of that many rows: a tar ends with two empty blocks, and is filled up to 20 blocks."""
+    """Return the bytes of a shard with that many rows: a tar ends with two empty blocks, padded to 20 blocks."""
     record = 20 * _BLOCK
     return -(-(layout(plan).size(plan, rows) + 2 * _BLOCK) // record) * record
 
 
 def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
-    """One shard; rows that failed are left out."""
+    """Encode one shard; failed rows are left out."""
     import webdataset
 
     buffer = io.BytesIO()
@@ -50,12 +50,12 @@ def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: 
 
 
 def other_files(plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
-    """All labels in one file: to gather them from the shards would be to read these whole."""
+    """Return all labels in one file: collecting them from the shards would mean reading the shards whole."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, labels.astype("<i8"), allow_pickle=False)
     return {LABELS: buffer.getvalue()}
 
 
 def decode_labels(payload: bytes) -> NDArray[np.int64]:
-    """`label[N]` from the bytes of its file, whose SHA-256 was checked."""
+    """Decode `label[N]` from the bytes of its file, whose SHA-256 was checked."""
     return np.frombuffer(payload[_NPY_HEADER:], "<i8").astype(np.int64)

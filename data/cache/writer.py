@@ -1,7 +1,8 @@
 """Writes a latent cache: shard by shard, by any number of jobs, the manifest last.
 
-Until the manifest is there, `plan.json` says what is being written and `records/` what of it is finished; a shard has
-its record once it is published. To change a finished cache is to reopen it: its manifest becomes a plan and records.
+`CacheWriter.write` publishes a shard, whose bytes the format's `encode_shard` makes; `CacheWriter.finish` publishes all
+other files. Until the manifest exists, `plan.json` describes the cache and `records/` holds a record of each published
+shard. To change a finished cache, the writer reopens it: it turns the manifest back into a plan and records.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data.cache.manifest import (
     parse,
 )
 from data.cache.reader import DIGESTS, FAILURES, ROWS
-from data.cache.records import ANEW, PLAN, RECORDS, check_plan, existing_plan, recorded, recorded_failures
+from data.cache.records import PLAN, RECORDS, REWRITE_SHARD, check_plan, existing_plan, load_failures, load_records
 from data.locks import claim, holder
 from data.storage import publish, publish_checked, read, remove, sha256_file
 from data.text import counted, printable
@@ -41,11 +42,11 @@ _DATA_SET = {"rows", "classes", "data_fingerprint", "data_bytes"}
 
 
 class DamagedShardsError(ValueError):
-    """Shards that are no longer what was written; they have lost their records, so that they are pending again."""
+    """Reports damaged shards, whose records were deleted, so that the shards are pending again."""
 
 
 class Job(NamedTuple):
-    """Number `number`, from 0, of `jobs` independent writers; each deals with shards of its own."""
+    """Identifies writer `number`, from 0, of `jobs` independent writers; each writes its own shards."""
 
     number: int = 0
     jobs: int = 1
@@ -54,20 +55,21 @@ class Job(NamedTuple):
         return f"{self.number + 1}/{self.jobs}"
 
     def share(self, shards: int) -> range:
-        """Adjacent shards: their images tend to lie together."""
+        """Return the shards of this job: adjacent ones, whose images tend to be stored together."""
         return range(self.number * shards // self.jobs, (self.number + 1) * shards // self.jobs)
 
 
 class CacheWriter:
-    """Writes the shards of its job that a cache still lacks; a crash loses the shard at hand and no other.
+    """Writes the missing shards of its job; a crash loses only the shard that is being written.
 
-    Used as a context, in which no other writer of the same shards is let in.
+    Write inside `claimed()`, which keeps out other writers of the same shards.
     """
 
     def __init__(self, path: Path, plan: Plan, rows: Rows, job: Job | None = None, *, change: bool = False) -> None:
-        """ValueError names the field in which what lies at `path` differs from `plan`.
+        """Check the plan of an existing cache at `path`; ValueError names the field in which it differs from `plan`.
 
-        With `change` the data set may: the cache may lack the last of `rows`, and `redo` takes new versions of rows.
+        With `change`, the data set may differ: the cache may lack the last of `rows`, and `redo` accepts new versions
+        of rows.
         """
         assert len(rows.keys) == len(rows.labels) == plan.rows
         self.path, self.plan, self.rows, self.job = path, plan, rows, job or Job()
@@ -82,25 +84,25 @@ class CacheWriter:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other writers of this job's shards out; ValueError names the one that is at work already."""
+        """Keep other writers of this job's shards out; ValueError names one that is already running."""
         locks, name = self.path / _LOCKS, f"{self.job.number + 1}-of-{self.job.jobs}"
         with claim(locks / name, f"job {self.job}"):
             for other in locks.glob("*-of-*"):
-                at_work = holder(other) if other.name.split("-of-")[1] != str(self.job.jobs) else None
-                if at_work:
-                    raise ValueError(f"{self.path}: {at_work} is at work on it, with another number of jobs")
+                writer = holder(other) if other.name.split("-of-")[1] != str(self.job.jobs) else None
+                if writer:
+                    raise ValueError(f"{self.path}: {writer} is using it, with another number of jobs")
             with self._locked():
                 self._check_plan()
                 self._start()
             yield
 
     def pending(self) -> list[int]:
-        """Numbers of this job's shards that are not there yet."""
+        """Return the numbers of this job's shards that are not written yet."""
         missing = [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
-        return [] if self.done else missing  # asked last: a job that finishes deletes the records
+        return [] if self.done else missing  # checked last: a finishing job deletes the records
 
     def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
-        """The rows of a pending shard whose moments `write` asks for: all but what an older version of it holds."""
+        """Return the rows of a pending shard that `write` needs moments of: all except those of an older version."""
         rows, kept = np.array(self.plan.rows_of(shard)), self._kept(shard)
         return rows if kept is None else np.setdiff1d(rows, [*kept.rows, *(f.row for f in kept.failures)])
 
@@ -111,15 +113,15 @@ class CacheWriter:
         failures: Mapping[int, str],
         digests: Mapping[int, str] | None = None,
     ) -> list[Failure]:
-        """Publish one shard; its failures.
+        """Publish one shard and return its failures.
 
-        `moments` are `rows V 2C h w`, of `rows_to_encode`; `failures` maps a row to its reason, `digests` to the digest
-        of its image file, where there is one. Rows with values that are not finite in the cache's type become failures:
-        they are never committed.
+        `moments` are `rows V 2C h w`, for `rows_to_encode`; `failures` maps a row to its reason, `digests` to the
+        digest of its image file, if there is one. Rows with values that are not finite in the cache's dtype become
+        failures and are never committed.
         """
         rows, fresh, kept = self.plan.rows_of(shard), self.rows_to_encode(shard), self._kept(shard)
         values = np.full((len(rows), *self.plan.row_shape), np.nan, self.plan.dtype)
-        with np.errstate(over="ignore"):  # what overflows is found below and becomes a failure
+        with np.errstate(over="ignore"):  # an overflow is found below and becomes a failure
             values[fresh - rows.start] = moments
         broken = fresh[~np.isfinite(values[fresh - rows.start]).all(axis=(1, 2, 3, 4))]
         reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
@@ -145,14 +147,14 @@ class CacheWriter:
         return failed
 
     def write_failures(self) -> None:
-        """Publish `failures.jsonl` of what is there so far."""
+        """Publish `failures.jsonl` with the failures so far."""
         with self._locked():
-            publish(self.path / FAILURES, _lines(recorded_failures(self.path)))
+            publish(self.path / FAILURES, _lines(load_failures(self.path)))
 
     def finish(self) -> Manifest | None:
-        """Write what is left once every job's shards are there, the manifest last; None while some are not.
+        """Write the other files, the manifest last, once the shards of all jobs exist; return None until then.
 
-        DamagedShardsError when one of them is no longer what was written: all are read once more.
+        All shards are read once more; DamagedShardsError if one of them is no longer what was written.
         """
         with self._locked():
             if not self.done:
@@ -164,30 +166,30 @@ class CacheWriter:
         return Manifest.load(self.path)
 
     def tidy(self) -> None:
-        """Delete what a process that was killed after the manifest was written left behind."""
+        """Delete leftovers of a process that was killed after it wrote the manifest."""
         if (self.path / PLAN).exists() or (self.path / RECORDS).exists():
             with self._locked():
                 self._tidy()
 
     def redo(self, rows: Iterable[int]) -> None:
-        """Make a finished or an unfinished cache lack `rows`; the others of their shards are kept.
+        """Mark `rows` of a finished or unfinished cache as missing; the other rows of their shards are kept.
 
-        A finished cache stays what it was until all is prepared and its manifest goes.
+        A finished cache stays readable until all is prepared and its manifest is deleted.
         """
         with self._locked():
             self._reopen(rows)
 
     def _locked(self) -> AbstractContextManager[None]:
-        """Plan, rows, failures and manifest are all jobs': one at a time changes them."""
+        """Lock plan, rows, failures and manifest, which all jobs share."""
         return claim(self.path / _LOCKS / "manifest", f"job {self.job}", wait=True)
 
     def _reopen(self, rows: Iterable[int]) -> None:
         again: dict[int, set[int]] = {}
         for row in rows:
             again.setdefault(row // self.plan.shard_rows, set()).add(row)
-        records = recorded(self.path)
+        records = load_records(self.path)
         if (self.path / MANIFEST).exists():
-            remove(self.path / RECORDS)  # of an earlier attempt that did not get this far
+            remove(self.path / RECORDS)  # left by an interrupted attempt
         for i, record in records.items():
             self._reopen_shard(i, record, again.get(i, set()))
         self._publish_plan()
@@ -207,12 +209,12 @@ class CacheWriter:
         found = check_plan(self.path, self.plan, ignored=self._may_differ)
         if found and not self._may_differ and listing_of(found) != self.rows.file:
             raise ValueError(
-                f"{self.path / ROWS}: its data set is this run's, but it lists other images or another order: choose"
+                f"{self.path / ROWS}: it has the same data set, but lists other images or another order: choose"
                 " another folder (cache.path for encode) or delete this one"
             )
 
     def _publish_plan(self) -> None:
-        """With the hash of the rows that are about to be published, and of those that are there until then."""
+        """Publish the plan, with the SHA-256 of the rows about to be published and of the rows that they replace."""
         found = existing_plan(self.path)
         before = [file for file in found.files if file.file == ROWS and file != self.rows.file] if found else []
         draft = Draft(**dict(self.plan), files=(self.rows.file, *before))
@@ -224,7 +226,7 @@ class CacheWriter:
             publish(file, lines)
 
     def _reopen_shard(self, number: int, record: ShardRecord, redo: set[int]) -> None:
-        """A record for a shard that stays as it is; for one to be written anew, what of it is kept."""
+        """Write the record of a shard that does not change or, for one to be rewritten, the record of its kept rows."""
         start, rows = self.plan.rows_of(number).start, record.shard.rows
         failed = {failure.row for failure in record.failures}
         listed = [row for row in range(start, start + rows) if self._format.KEEPS_FAILED or row not in failed]
@@ -245,15 +247,15 @@ class CacheWriter:
 
     def _kept(self, shard: int) -> KeptShard | None:
         file = self._record(shard, "kept.json")
-        return parse(KeptShard, read(file), file, remedy=ANEW) if file.exists() else None
+        return parse(KeptShard, read(file), file, remedy=REWRITE_SHARD) if file.exists() else None
 
     def _kept_values(self, shard: int, kept: KeptShard) -> NDArray[np.floating]:
-        """The rows that stay, `n V 2C h w`; from a copy, which outlives the file that `write` replaces."""
+        """Return the kept rows, `n V 2C h w`, from a copy, since `write` replaces the original file."""
         copy = self._record(shard, "kept")
         if not copy.exists() or sha256_file(copy) != kept.file.sha256:
             if problem := kept.file.problem(self.path):
                 remove(self._record(shard, "kept.json"))
-                raise DamagedShardsError(f"{self.path / kept.file.file}: {problem}: {_again(1)}")
+                raise DamagedShardsError(f"{self.path / kept.file.file}: {problem}: {_rewrite_hint(1)}")
             publish(copy, read(self.path / kept.file.file))
         layout = self._format.layout(self.plan)
         blocks, rows = np.divmod(np.array(kept.places), layout.rows)
@@ -261,22 +263,22 @@ class CacheWriter:
 
     def _check_shards(self) -> None:
         problems = {}
-        for number, record in recorded(self.path).items():
+        for number, record in load_records(self.path).items():
             if problem := record.shard.problem(self.path):
                 problems[number] = f"{self.path / record.shard.file}: {problem}"
         for number in problems:
             remove(self._record(number))
         if problems:
-            raise DamagedShardsError(f"{next(iter(problems.values()))}: {_again(len(problems))}")
+            raise DamagedShardsError(f"{next(iter(problems.values()))}: {_rewrite_hint(len(problems))}")
 
     def _assemble(self) -> None:
-        """All files but the shards, the manifest last."""
-        records = recorded(self.path).values()
+        """Publish all files except the shards, the manifest last."""
+        records = load_records(self.path).values()
         shards, failures = [record.shard for record in records], [f for record in records for f in record.failures]
         digests = [digest for record in records for digest in record.digests]
         if len(failures) == self.plan.rows:
             others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS)
-            for name in (RECORDS, *others, PLAN):  # not the folder: it may hold what is not ours
+            for name in (RECORDS, *others, PLAN):  # not the folder itself: it may hold other files
                 remove(self.path / name)
             raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
@@ -304,14 +306,14 @@ class CacheWriter:
         for name in (RECORDS, PLAN):
             remove(self.path / name)
         for lock in (self.path / _LOCKS).iterdir():
-            holder(lock)  # deletes those of killed processes; the others go with their holders
+            holder(lock)  # deletes stale locks of killed processes; others are deleted by their holders
 
     def _record(self, shard: int, suffix: str = "json") -> Path:
         return self.path / RECORDS / f"{shard:06d}.{suffix}"
 
 
-def _again(shards: int) -> str:
-    return f"{counted(shards, 'shard')} must be written again: the same command does it"
+def _rewrite_hint(shards: int) -> str:
+    return f"{counted(shards, 'shard')} must be written again: run the same command again"
 
 
 def _lines(failures: list[Failure]) -> bytes:
@@ -319,7 +321,7 @@ def _lines(failures: list[Failure]) -> bytes:
 
 
 def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray[np.int64]) -> Shard:
-    """A shard's entry, with sums over rows, views and positions of the posterior's first and second moments."""
+    """Return a shard's entry, with sums of the posterior's first and second moments over rows, views and positions."""
     channels = plan.latent_channels
     good = values[labels != FAILED].astype(np.float64)
     mean = good[:, :, :channels]
@@ -338,7 +340,7 @@ def _shard(file: File, plan: Plan, values: NDArray[np.floating], labels: NDArray
 
 
 def _merge(shards: list[Shard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel over all shards."""
+    """Return mean and standard deviation per channel over all shards."""
     count = sum(shard.values for shard in shards)
     mean = np.sum([shard.total for shard in shards], axis=0) / count
     variance = np.sum([shard.squares for shard in shards], axis=0) / count - mean**2

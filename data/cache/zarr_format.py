@@ -1,4 +1,4 @@
-"""The cache in zarr v3: a group with `moments[N, V, 2C, h, w]`, sharded and checksummed, and `label[N]`."""
+"""Stores the cache in zarr v3: a group with `moments[N, V, 2C, h, w]`, sharded and checksummed, and `label[N]`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zarr.storage import MemoryStore
 from data.cache.manifest import FAILED, Plan
 from data.cache.mapping import Layout
 
-CHUNK_ROWS = 16  # rows under one checksum
-KEEPS_FAILED = True  # a row that failed has its place, which is NaN
+CHUNK_ROWS = 16  # rows per checksum
+KEEPS_FAILED = True  # a failed row keeps its position, filled with NaN
 FOLDER = "latents.zarr"
 LABELS = f"{FOLDER}/label/c/0"
 OTHER_FILES: tuple[str, ...] = (
@@ -27,7 +27,7 @@ OTHER_FILES: tuple[str, ...] = (
 
 
 def layout(plan: Plan) -> Layout:
-    """Plain chunks lie in order in a shard, a CRC-32C after each."""
+    """Return the layout: uncompressed chunks in order, each followed by its CRC-32C."""
     return Layout(rows=CHUNK_ROWS, lead=0, trail=4)
 
 
@@ -36,12 +36,12 @@ def shard_file(number: int) -> str:
 
 
 def shard_size(plan: Plan, rows: int) -> int:
-    """Bytes of a shard of that many rows: its chunks, then 16 bytes that say where each chunk lies, and a checksum."""
+    """Return the bytes of a shard with that many rows: its chunks, then 16 bytes of index per chunk, and a checksum."""
     return layout(plan).size(plan, rows) + 16 * (plan.shard_rows // CHUNK_ROWS) + 4
 
 
 def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: NDArray[np.int64]) -> bytes:
-    """One shard, made by zarr in memory so that this project's storage publishes it. Rows that failed are NaN."""
+    """Encode one shard with zarr in memory, for `data.storage` to publish. Failed rows are NaN."""
     store, moments, _ = _create(plan)
     values[labels == FAILED] = np.nan
     rows = plan.rows_of(number)
@@ -50,19 +50,19 @@ def encode_shard(plan: Plan, number: int, values: NDArray[np.floating], labels: 
 
 
 def other_files(plan: Plan, labels: NDArray[np.int64]) -> dict[str, bytes]:
-    """The contents of `OTHER_FILES`: all of the group but the shards."""
+    """Return the contents of `OTHER_FILES`: all of the group except the shards."""
     store, _, label = _create(plan)
     label[:] = labels
     return {name: _bytes_of(store, name) for name in OTHER_FILES}
 
 
 def decode_labels(payload: bytes) -> NDArray[np.int64]:
-    """`label[N]` from the bytes of its one chunk, whose SHA-256 was checked."""
+    """Decode `label[N]` from the bytes of its one chunk, whose SHA-256 was checked."""
     return np.frombuffer(payload[:-4], "<i8").astype(np.int64)
 
 
 def _create(plan: Plan) -> tuple[MemoryStore, zarr.Array, zarr.Array]:
-    """An empty cache in memory: its store, `moments` and `label`."""
+    """Create an empty cache in memory; return its store, `moments` and `label`."""
     store = MemoryStore()
     group = zarr.create_group(store, path=FOLDER, zarr_format=3)
     moments = group.create_array(
@@ -72,10 +72,10 @@ def _create(plan: Plan) -> tuple[MemoryStore, zarr.Array, zarr.Array]:
         chunks=(CHUNK_ROWS, *plan.row_shape),
         shards=(plan.shard_rows, *plan.row_shape),
         serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],  # latents are noise to a compressor, and plain chunks can be memory-mapped
+        compressors=[Crc32cCodec()],  # latents do not compress, and plain chunks can be memory-mapped
         fill_value=float("nan"),  # what plain zarr reads where a shard is missing
         dimension_names=("row", "view", "channel", "y", "x"),
-        config={"write_empty_chunks": True},  # a chunk of failures is NaN throughout, and still has its place
+        config={"write_empty_chunks": True},  # a chunk of failed rows is all NaN and keeps its position
     )
     label = group.create_array(
         "label", shape=(plan.rows,), dtype="int64", chunks=(plan.rows,), fill_value=-1, compressors=[Crc32cCodec()]

@@ -1,4 +1,8 @@
-"""Where images come from: a data set is a list of keys with a class each, read by index."""
+"""Defines what a source of images offers: a list of keys with a class each, read by index.
+
+To add a source, implement `Source` and open it in `data.sources.files.open_source`. To add another kind of file that
+holds images, implement `data.sources.files.Container` and choose it in `open_container` there.
+"""
 
 from __future__ import annotations
 
@@ -20,70 +24,70 @@ from data.text import digest, printable
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-NO_CLASS = -2  # the label of an image that has no class, beside others that have one
-_IDENTITY = (  # what file systems call the size, the time and the hash of a file, and where in it an image lies
+NO_CLASS = -2  # label of an image without a class in a data set where others have one
+_IDENTITY = (  # names in file systems for size, time and hash of a file, and for an image's position in it
     *("size", "mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "md5Hash", "crc32c", "blob_id"),
     *("CRC", "date_time", "offset", "row"),
 )
 
 
 class NoImagesError(ValueError):
-    """There is nothing where a data set is said to be, or nothing that is an image."""
+    """Reports that the path of a data set does not exist or holds no image."""
 
 
 @dataclass
 class Batch:
-    """Images read for `indices`. Rows of `pixels` whose index is in `failures` are zero and must not be used."""
+    """Holds the images of `indices`. Rows of `pixels` whose index is in `failures` are zero and must not be used."""
 
     indices: NDArray[np.int64]
     pixels: NDArray[np.uint8]  # n S S 3, RGB
     failures: dict[int, str] = field(default_factory=dict)  # index -> reason
-    digests: dict[int, str] = field(default_factory=dict)  # index -> that of its file's bytes, where there is a file
+    digests: dict[int, str] = field(default_factory=dict)  # index -> digest of its file's bytes, if there is a file
 
 
 class Source(Protocol):
-    """A labelled image data set; image i has the key `keys[i]` and the class `classes[labels[i]]`.
+    """Is the interface of labelled image data sets; image i has the key `keys[i]` and the class `classes[labels[i]]`.
 
-    A label is `NO_CLASS` where the image has none.
+    The label of an image without a class is `NO_CLASS`.
     """
 
     name: str
     classes: tuple[str, ...]
     keys: Sequence[str]
     labels: NDArray[np.int64]
-    stamps: Sequence[str]  # one an image, of the file's size and time (`stamp`); empty strings where there are no files
-    size: int  # bytes of all image files; 0 where there are none
-    image_size: int  # pixels a side
-    notes: Sequence[str]  # what a person should know of the listing: what was passed over, what was assumed
+    stamps: Sequence[str]  # one per image, from the file's size and time (`stamp`); empty if there is no file
+    size: int  # bytes of all image files; 0 if there are none
+    image_size: int  # pixels per side
+    notes: Sequence[str]  # for the user, about the listing: what was skipped or assumed
     preprocessing: str
 
     def fingerprint(self) -> str:
-        """A digest that changes when an image is added, removed, renamed, rewritten or given another class."""
+        """Return a digest that changes when an image is added, removed, renamed, rewritten or given another class."""
         ...
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Read the images of `indices`; one that cannot be read is a failure of the batch, not an exception."""
+        """Read the images of `indices`; one that cannot be read becomes a failure of the batch, not an exception."""
         ...
 
     def digest(self, index: int) -> str:
-        """The digest of one image file's bytes, read now; OSError or ValueError with the reason."""
+        """Read one image file and return the digest of its bytes; OSError or ValueError with the reason."""
         ...
 
 
-class PerProcess:
-    """A file system that every process opens for itself: open files and connections do not survive a fork."""
+class PerProcessFileSystem:
+    """Opens a file system again in every process: open files and connections do not survive a fork."""
 
     def __init__(self, fs: AbstractFileSystem) -> None:
         self._fs, self._pid = fs, os.getpid()
 
-    def here(self) -> AbstractFileSystem:
+    def get(self) -> AbstractFileSystem:
         if self._pid != os.getpid():
-            self._fs, self._pid = copy.deepcopy(self._fs), os.getpid()  # fsspec copies by opening anew
+            self._fs, self._pid = copy.deepcopy(self._fs), os.getpid()  # fsspec opens a copy again
         return self._fs
 
 
-class PassedOver:
-    """Counts what a listing leaves out, by kind, and keeps the first name of each kind."""
+class Skipped:
+    """Counts the files that a listing skips, by kind, with one example of each kind."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, tuple[int, str]] = {}
@@ -93,14 +97,14 @@ class PassedOver:
         self._kinds[kind] = count + 1, min(first, example)
 
     def lines(self, *, but: str | None = None) -> list[str]:
-        """What was passed over, `but` for one kind, in one line; no line where that is nothing."""
+        """Return what was skipped, except for the kind `but`, in one line; no line if nothing was."""
         found = [(kind, *entry) for kind, entry in self._kinds.items() if kind != but]
         kinds = [f"{count:,} {kind} (such as {printable(first)})" for kind, count, first in found]
-        return [f"passed over: {', '.join(kinds)}"] if kinds else []
+        return [f"skipped: {', '.join(kinds)}"] if kinds else []
 
 
 def read_file(fs: AbstractFileSystem, path: str, end: int | None = None) -> bytes:
-    """The bytes of a file, or of its beginning; ValueError where it is a member of a zip file that is damaged."""
+    """Read a file, or its first `end` bytes; ValueError if it is a damaged member of a zip file."""
     try:
         return bytes(fs.cat_file(path, start=None if end is None else 0, end=end))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
@@ -108,21 +112,21 @@ def read_file(fs: AbstractFileSystem, path: str, end: int | None = None) -> byte
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise ValueError("damaged in the zip file: it would begin before the file does") from error
+        raise ValueError("damaged in the zip file: its offset is negative") from error
 
 
 def content_digest(payload: bytes) -> str:
-    """A digest of a file's bytes, in hexadecimal; BLAKE2 is as quick as reading them."""
+    """Return a digest of a file's bytes, in hexadecimal; BLAKE2 is as fast as reading them."""
     return hashlib.blake2b(payload, digest_size=16).hexdigest()
 
 
 def stamp(info: Mapping[str, Any]) -> str:
-    """What distinguishes a file from its next version, of a file system's `info` about it: the size, and a short digest
-    of this and of times and hashes."""
+    """Return a text that changes with a file's version, from a file system's `info` about it: the size, and a short
+    digest of size, times and hashes."""
     identity = digest(f"{name}={info[name]}" for name in _IDENTITY if info.get(name) is not None)[:16]
     return f"{info.get('size')}-{identity}"
 
 
 def same_size(one: str, other: str) -> bool:
-    """Whether two stamps are of files of the same size."""
+    """Return whether two stamps are of files of the same size."""
     return one.split("-")[0] == other.split("-")[0]

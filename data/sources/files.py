@@ -1,4 +1,4 @@
-"""Image files as a data set: in a folder, in zip, tar or Parquet files, on this machine or at an fsspec URL."""
+"""Opens image files as a data set: in a folder, in zip, tar or Parquet files, local or at an fsspec URL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.sources.base import NO_CLASS, Batch, NoImagesError, Source, content_digest
 from data.sources.decode import DECODER_ERRORS, PREPROCESSING, SUFFIXES, decode_image
-from data.sources.folder import Folder, part_of
+from data.sources.folder import Folder, split_prefix
 from data.sources.labels import CLASSES, MAX_CLASSES_BYTES, Label, number_classes, read_classes, read_limited
 from data.sources.parquet import ParquetFiles
 from data.sources.solids import Solids
@@ -26,22 +26,22 @@ from data.text import digest, printable
 
 
 class Container(Protocol):
-    """Image files in one place; `labels` are names of classes, or their numbers, or None."""
+    """Is the interface of image files in one place; `labels` are names of classes, or their numbers, or None."""
 
     keys: list[str]
     labels: list[Label]
     stamps: list[str]
-    classes: tuple[str, ...] | None  # where the container names them
+    classes: tuple[str, ...] | None  # if the container names them
     size: int
-    notes: list[str]  # what was passed over or assumed
+    notes: list[str]  # what was skipped or assumed
 
     def read(self, index: int) -> bytes:
-        """The bytes of file `index`; OSError or ValueError with the reason. May be called in any process."""
+        """Read the bytes of file `index`; OSError or ValueError with the reason. May be called in any process."""
         ...
 
 
 class ImageFiles:
-    """Labelled image files (see `data.sources.base.Source`), wherever they lie."""
+    """Reads a data set of labelled image files from any container (see `data.sources.base.Source`)."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ImageFiles:
         image_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        """ValueError when there is nothing at `url`, or nothing that is an image."""
+        """List the images at `url`; NoImagesError, a ValueError, if there are none."""
         self.name, self.image_size, self.matte = printable(url), image_size, matte
         self.preprocessing = PREPROCESSING.format(matte=matte)
         self._container = open_container(url, image_column, label_column)
@@ -62,7 +62,7 @@ class ImageFiles:
         if not self.keys:
             raise NoImagesError(
                 f"data.source: no images under {self.name}: put them in one folder per class, such as"
-                f" {self.name}/cat/1.jpg (formats: {' '.join(sorted(SUFFIXES))}); docs/data.md has the other ways"
+                f" {self.name}/cat/1.jpg (formats: {' '.join(sorted(SUFFIXES))}); docs/data.md shows all layouts"
                 + "".join(f"; {note}" for note in self._container.notes)
             )
         self.classes, self.labels, notes = number_classes(self._container.labels, self._container.classes, self.keys)
@@ -101,10 +101,10 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Source:
-    """The data set that `data.source` names: `solids`, or image files in a folder or in archives, here or at a URL.
+    """Open the data set that `data.source` names: `solids`, or image files in a folder or in archives, local or remote.
 
-    `count` and `seed` describe the solids alone; files have their own. `matte` is the colour behind transparent ones.
-    The columns are those of tables and lists that hold an image and its class, where several could.
+    `count` and `seed` are for the solids alone. `matte` is the colour behind transparent images. The columns say which
+    ones of a table or list hold images and classes, if several could.
     """
     if source == "solids":
         return Solids(count=count, seed=seed, image_size=image_size)
@@ -112,13 +112,13 @@ def open_source(
 
 
 def listing_fingerprint(source: Source) -> str:
-    """A digest of the key, the class and the stamp of every image."""
+    """Return a digest of the key, the class and the stamp of every image."""
     names = [source.classes[label] if label != NO_CLASS else "" for label in source.labels]
     return digest(f"{k}\t{name}\t{stamp}" for k, name, stamp in zip(source.keys, names, source.stamps, strict=True))
 
 
 def open_container(url: str, image_column: str | None = None, label_column: str | None = None) -> Container:
-    """The images at a path or URL, in the container that is found there."""
+    """Open the images at a path or URL with the container that fits the files found there."""
     try:
         fs, root = fsspec.core.url_to_fs(check_url(url))
     except (ImportError, ValueError) as error:
@@ -131,12 +131,12 @@ def open_container(url: str, image_column: str | None = None, label_column: str 
         suffix = os.path.splitext(files[0])[1]
         if folder.keys:
             raise ValueError(
-                f"data.source: {url}: there are images (such as {printable(folder.keys[0])}) and archives (such as"
-                f" {posixpath.basename(files[0])}) in it: move one of them away, or give {url.rstrip('/')}/*{suffix}"
+                f"data.source: {url}: it holds both images (such as {printable(folder.keys[0])}) and archives (such as"
+                f" {posixpath.basename(files[0])}): move one of them away, or give {url.rstrip('/')}/*{suffix}"
             )
-        _refuse_parts(files, url)
+        _reject_splits(files, url)
         container = _open_archives(fs, root, files, url, image_column, label_column)
-        container.notes += folder.passed.lines(but=suffix.lower())
+        container.notes += folder.skipped.lines(but=suffix.lower())
         return container
     files = sorted(fs.glob(root)) if "*" in root else [root]
     if not files or not fs.exists(files[0]):
@@ -155,7 +155,7 @@ def _open_archives(
     image_column: str | None,
     label_column: str | None,
 ) -> Container:
-    """Tar or Parquet files; their keys begin with their names below `top`."""
+    """Open tar or Parquet files; keys begin with the file's path relative to `top`."""
     suffixes = {os.path.splitext(file)[1].lower() for file in files}
     infos = {file.removeprefix(top).lstrip("/"): fs.info(file) for file in files}
     if suffixes == {".tar"}:
@@ -175,28 +175,28 @@ def _open_zip(fs: AbstractFileSystem, file: str, url: str) -> AbstractFileSystem
     names: set[str] = set()
     for name in archive.zip.namelist():
         if name in names:
-            raise ValueError(f"data.source: {url}: two members are called {printable(name)}: which one counts?")
+            raise ValueError(f"data.source: {url}: two members are called {printable(name)}: remove one of them")
         names.add(name)
     if any("\\" in name for name in names) and not any("/" in name for name in names):
-        raise ValueError(f"data.source: {url}: its folders are written with \\ instead of /: unpack it and zip it anew")
+        raise ValueError(f"data.source: {url}: its paths have \\ instead of /: unpack it and zip it again")
     return archive
 
 
-def _refuse_parts(files: Sequence[str], url: str) -> None:
-    """ValueError where the files of a folder are parts of a data set: training and test images must not be mixed."""
-    parts = sorted({part for file in files if (part := part_of(posixpath.basename(file)))})
-    if len(parts) > 1:
-        name = next(file for file in files if part_of(posixpath.basename(file)) == parts[-1])
+def _reject_splits(files: Sequence[str], url: str) -> None:
+    """Raise ValueError if a folder's files belong to several splits: training and test images must not be mixed."""
+    splits = sorted({split for file in files if (split := split_prefix(posixpath.basename(file)))})
+    if len(splits) > 1:
+        name = next(file for file in files if split_prefix(posixpath.basename(file)) == splits[-1])
         inner = "data/" if posixpath.dirname(name).endswith("/data") and not url.rstrip("/").endswith("data") else ""
-        first = next((part for part in parts if part.startswith("train")), parts[0])
+        first = next((split for split in splits if split.startswith("train")), splits[0])
         raise ValueError(
-            f"data.source: {url}: its files are of several parts of a data set, {', '.join(parts)}: give one of them,"
-            f" data.source={url.rstrip('/')}/{inner}{first}*{os.path.splitext(name)[1]}"
+            f"data.source: {url}: its files belong to several splits of a data set, {', '.join(splits)}: give one of"
+            f" them, data.source={url.rstrip('/')}/{inner}{first}*{os.path.splitext(name)[1]}"
         )
 
 
 def _archives_in(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Tar or Parquet files in a folder, or in its folder `data`, as data sets on the hub have it."""
+    """List tar or Parquet files in a folder, or in its folder `data`, as in data sets on the Hugging Face hub."""
     top = root.rstrip("/")
     for folder, suffix in ((top, ".tar"), (top, ".parquet"), (f"{top}/data", ".parquet")):
         listed = fs.ls(folder, detail=False) if fs.isdir(folder) else []

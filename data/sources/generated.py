@@ -1,8 +1,8 @@
-"""Generated images of anybody as a data set, in a folder, in archives or in an `.npz`, and the writer of that one.
+"""Reads generated images as a data set, from a folder, archives or an `.npz`, and writes such an `.npz`.
 
-The `.npz` is the one that ADM's evaluator takes (github.com/openai/guided-diffusion, evaluations): `arr_0`, uint8
-`N S S 3`, and `arr_1`, the number of each image's class, where there are classes. No pixel is ever changed here: to
-resize samples is to change the figures that are measured on them.
+The `.npz` has the format of ADM's evaluator (github.com/openai/guided-diffusion, evaluations): `arr_0`, uint8
+`N S S 3`, and, if there are classes, `arr_1`, the number of each image's class. No pixel is ever changed here: resizing
+samples would change the figures that are measured on them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from data.sources.labels import composed
 from data.storage import parse_json, read, sha256_file, staged_file
 from data.text import counted, printable
 
-SAMPLES = "samples.json"  # what `latentmill sample` writes of the images that it drew, beside their folder
-_PIECE = 2**20  # bytes that are passed over at once
-_UNUSED = "the classes of the images are passed over: the data set has none"
-_DAMAGE = (  # what zipfile, its decoders and numpy raise for bytes that are not as they were written
+SAMPLES = "samples.json"  # record of `latentmill sample` beside the folder of its images
+_PIECE = 2**20  # bytes read at a time to move forward
+_UNUSED = "the classes of the images are ignored: the data set has none"
+_DAMAGE = (  # what zipfile, its decoders and numpy raise for damaged bytes
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -48,11 +48,11 @@ _DAMAGE = (  # what zipfile, its decoders and numpy raise for bytes that are not
 
 
 def open_generated(path: str, *, image_size: int, classes: Sequence[str], matte: str = "white") -> Source:
-    """The images at `path`, an `.npz` or whatever `data.source` may be, which `--images` names.
+    """Open the images that `--images` names: an `.npz`, or anything that `data.source` may be.
 
-    All are `image_size` pixels wide and high already. `classes` are those of the training images, and the labels are
-    indices into them, or NO_CLASS. `load` raises a ValueError for an image that cannot be read: figures of a part of
-    the images would be figures of other images. ValueError, in one line, for what cannot be measured.
+    All must be `image_size` pixels wide and high. `classes` are those of the training images; labels are indices into
+    them, or NO_CLASS. `load` raises a ValueError for an image that cannot be read, since figures of only some of the
+    images would be wrong. ValueError, in one line, if the images cannot be measured.
     """
     if path.lower().endswith(".npz"):
         return GeneratedArray(Path(path), image_size=image_size, classes=classes)
@@ -60,31 +60,31 @@ def open_generated(path: str, *, image_size: int, classes: Sequence[str], matte:
 
 
 class GeneratedFiles(ImageFiles):
-    """Generated images in files; classes are the names of their folders, or what `latentmill sample` recorded."""
+    """Reads generated images from files; classes are the names of folders, or what `latentmill sample` recorded."""
 
     def __init__(self, url: str, *, image_size: int, classes: Sequence[str], matte: str = "white") -> None:
         if os.path.isfile(os.path.join(url, SAMPLES)) and os.path.isdir(os.path.join(url, "images")):
-            url = os.path.join(url, "images")  # beside them lies a sheet of them
+            url = os.path.join(url, "images")  # beside that folder is a contact sheet
         try:
             super().__init__(url, image_size=image_size, matte=matte)
-        except ValueError as error:  # the same words, of what is called otherwise here
+        except ValueError as error:  # the same message, with the option's name
             raise ValueError(str(error).replace("data.source", "--images")) from error
         self.preprocessing = f"EXIF rotation, RGB over {matte}; never resized"
         names = [self.classes[label] if label != NO_CLASS else None for label in self.labels]
         notes = self._container.notes
         if all(label is None for label in self._container.labels):
-            names = _recorded(Path(url), self.keys) or [None] * len(names)
+            names = _recorded_classes(Path(url), self.keys) or [None] * len(names)
         elif all(name is not None and re.fullmatch(r"\d{6}", name) for name in names) and not set(names) & set(classes):
             notes = [
                 *notes,
-                f"folders such as {names[0]} are taken for a thousand seeds each, as EDM has it: no classes",
+                f"folders such as {names[0]} are read as a thousand seeds each, as EDM writes them, not as classes",
             ]
             names = [None] * len(names)
         self.classes = tuple(classes)
-        self.labels, more = _numbered(names, self.keys, self.classes, self.name)
+        self.labels, more = _numbers_by_name(names, self.keys, self.classes, self.name)
         self.notes = [*notes, *more]
         _check_count(len(self.keys), self.name)
-        self.load([0])  # the size of all others, most likely: told before long work
+        self.load([0])  # most likely all have one size: fail before long work
 
     def load(self, indices: Sequence[int]) -> Batch:
         batch = super().load(indices)
@@ -101,7 +101,7 @@ class GeneratedFiles(ImageFiles):
 
 
 class GeneratedArray:
-    """Generated images in an `.npz` on this machine (see `Source`), of which only what is asked for is read."""
+    """Reads generated images from a local `.npz` (see `Source`): only the requested rows."""
 
     def __init__(self, path: Path, *, image_size: int, classes: Sequence[str]) -> None:
         self.name, self.classes, self.image_size = printable(str(path)), tuple(classes), image_size
@@ -109,7 +109,7 @@ class GeneratedArray:
         names = _array_names(path)
         if "arr_0" not in names:
             raise ValueError(
-                f"--images: {self.name}: there is no arr_0 in it, but {_listed(names) or 'nothing'}: images are arr_0,"
+                f"--images: {self.name}: it has no arr_0, but {_first_names(names) or 'nothing'}: images must be arr_0,"
                 f" uint8 N {image_size} {image_size} 3, as numpy.savez('samples.npz', images) writes them"
             )
         self._path, self._images = path, _Array(path, "arr_0")
@@ -121,7 +121,7 @@ class GeneratedArray:
         self.labels = np.full(count, NO_CLASS, np.int64)
         self.notes: Sequence[str] = []
         if others := [name for name in names if name not in ("arr_0", "arr_1")]:
-            self.notes = [f"passed over: {_listed(others)}"]
+            self.notes = [f"skipped: {_first_names(others)}"]
         if "arr_1" in names and len(self.classes) < 2:
             self.notes = [*self.notes, _UNUSED]
         elif "arr_1" in names:
@@ -142,56 +142,57 @@ class GeneratedArray:
         return Batch(wanted, pixels[place])
 
     def digest(self, index: int) -> str:
-        return ""  # there is no file of one image
+        return ""  # no image has a file of its own
 
 
 class _Array:
-    """An array in an `.npz`, whose rows are read in turn: a range that follows on the last one is read forward.
+    """Reads rows of an array in an `.npz`; a range after the last one is read forward, without opening the file again.
 
-    Every process opens it for itself: the place in an open file does not survive a fork. No pickle is ever loaded.
+    Every process opens it again: the position in an open file does not survive a fork. No pickle is ever loaded.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        """ValueError where it is damaged, or of another kind than rows of plain numbers."""
+        """Read the header; ValueError if it is damaged, or not of rows of plain numbers."""
         self.name, self._path = name, path
         self._file: IO[bytes] | None = None
         self._pid = os.getpid()
-        with _telling_damage(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        with _naming_damaged_file(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
             version = npy.read_magic(file)
             if version != (1, 0):
-                raise ValueError(f"{name} is of npy version {version[0]}.{version[1]}, and 1.0 is for plain numbers")
+                raise ValueError(f"{name} has npy version {version[0]}.{version[1]}, but plain numbers have 1.0")
             self.shape, by_columns, self.dtype = npy.read_array_header_1_0(file)
             self._begin = file.tell()
             size = archive.getinfo(f"{name}.npy").file_size - self._begin
         if self.dtype.hasobject:
             raise ValueError(
-                f"--images: {path}: {name} holds Python objects, which are never loaded: write it as plain numbers, of"
-                " one shape for all images"
+                f"--images: {path}: {name} holds Python objects, which are never loaded: write plain numbers, with"
+                " the same shape for all images"
             )
         if by_columns:
-            raise ValueError(f"--images: {path}: {name} is in Fortran's order: write numpy.ascontiguousarray of it")
+            raise ValueError(f"--images: {path}: {name} is in Fortran order: save numpy.ascontiguousarray of it")
         if not self.shape or min(self.shape) < 0 or math.prod(self.shape) * self.dtype.itemsize != size:
             raise ValueError(
-                f"--images: {path}: {name} is said to be {self.said}, but has {size:,} bytes: write it anew"
+                f"--images: {path}: the header of {name} says {self.description}, but it has {size:,} bytes: write it"
+                " again"
             )
         self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         return f"{self.dtype} {' '.join(map(str, self.shape))}"
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop`. With the last one it is known that no byte before it has changed."""
-        with _telling_damage(self._path):
+        """Read rows `start` to `stop`. Reading the last row also checks the CRC of all bytes before it."""
+        with _naming_damaged_file(self._path):
             payload = self._at(self._begin + start * self._row_bytes).read((stop - start) * self._row_bytes)
             return np.frombuffer(payload, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def _at(self, place: int) -> IO[bytes]:
-        """The open file at byte `place`, all before it read: seeking would stop zipfile from comparing the CRC."""
+        """Return the file at byte `place`, reading all before it: seeking would disable zipfile's CRC check."""
         if self._file is None or self._pid != os.getpid() or self._file.tell() > place:
             if self._file is not None:
                 self._file.close()
-            with zipfile.ZipFile(self._path) as archive:  # a member that is open stays so
+            with zipfile.ZipFile(self._path) as archive:  # an open member stays open
                 self._file, self._pid = archive.open(f"{self.name}.npy"), os.getpid()
         while (left := place - self._file.tell()) > 0 and self._file.read(min(left, _PIECE)):
             pass
@@ -202,10 +203,10 @@ class _Array:
 
 
 def write_npz(path: Path, batches: Iterable[NDArray[np.uint8]], labels: NDArray[np.int64], size: int) -> None:
-    """Write images, uint8 `n size size 3` a batch, as an `.npz` for ADM's evaluator, one batch in memory at a time.
+    """Write batches of images, uint8 `n size size 3`, as an `.npz` for ADM's evaluator, with one batch in memory.
 
-    There is one of `labels` for each image, in their order; they become `arr_1`, unless an image has none (a negative
-    one). Nothing is under `path` before it is complete; the same images give the same bytes. OSError with the path.
+    `labels` has one entry per image; they become `arr_1`, unless an image has none (a negative one). `path` appears
+    only when it is complete; the same images give the same bytes. OSError with the path.
     """
     with staged_file(path) as staged, zipfile.ZipFile(staged, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -230,33 +231,33 @@ def _write_header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...])
 def _array_names(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"--images: no such file on this machine: {path}")
-    with _telling_damage(path), zipfile.ZipFile(path) as archive:
+    with _naming_damaged_file(path), zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            archive.open(name).close()  # it compares the name with that before the contents
+            archive.open(name).close()  # opening compares it with the name before the contents
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 @contextmanager
-def _telling_damage(path: Path) -> Iterator[None]:
-    """What is wrong with the bytes of an `.npz`, in one line that names it."""
+def _naming_damaged_file(path: Path) -> Iterator[None]:
+    """Turn an error about damaged bytes of an `.npz` into a ValueError, in one line that names it."""
     try:
         yield
     except _DAMAGE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"--images: {path}: it cannot be read ({reason}): where it is damaged or cut off, copy it or write it anew"
+            f"--images: {path}: it cannot be read ({reason}): if it is damaged or truncated, copy it or write it again"
         ) from error
 
 
 def _check_images(images: _Array, name: str, size: int) -> None:
-    """ValueError where these are not two images or more of `size`, and what would make them so."""
-    shape, wrong = images.shape, f"--images: {name}: arr_0 is {images.said}, not uint8 N {size} {size} 3: "
+    """Raise ValueError, with a way out, unless these are two or more uint8 RGB images of `size`."""
+    shape, wrong = images.shape, f"--images: {name}: arr_0 is {images.description}, not uint8 N {size} {size} 3: "
     if images.dtype != np.uint8:
         raise ValueError(wrong + "scale it to 0..255, round it, and write it as uint8")
     if len(shape) == 4 and shape[1] == 3 != shape[3]:
-        raise ValueError(wrong + "the channels come last: numpy.savez(path, x.transpose(0, 2, 3, 1))")
+        raise ValueError(wrong + "channels must come last: numpy.savez(path, x.transpose(0, 2, 3, 1))")
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
-        raise ValueError(wrong + "grey images need their channel three times: numpy.stack([x, x, x], -1) of N H W")
+        raise ValueError(wrong + "repeat the channel of grey images three times: numpy.stack([x, x, x], -1) of N H W")
     if len(shape) != 4 or shape[3] != 3:
         raise ValueError(wrong + "write RGB images")
     if shape[1:3] != (size, size):
@@ -266,41 +267,42 @@ def _check_images(images: _Array, name: str, size: int) -> None:
 
 def _check_count(count: int, name: str) -> None:
     if count < 2:
-        raise ValueError(f"--images: {name}: {counted(count, 'image')}: a distribution has two images at least")
+        raise ValueError(f"--images: {name}: {counted(count, 'image')}: at least two images are needed")
 
 
 def _other_size(width: int, height: int, size: int) -> str:
-    way = f"measure them with data.image_size={width}, or draw them anew" if width == height else "make them square"
+    other = f"measure them with data.image_size={width}, or generate them at {size}x{size}"
+    way = other if width == height else "make them square"
     return (
-        f"{width}x{height} pixels, and data.image_size is {size}: generated images are never resized, for that would"
+        f"{width}x{height} pixels, but data.image_size is {size}: generated images are never resized, since that would"
         f" change the figures: {way}"
     )
 
 
 def _class_numbers(array: _Array, count: int, classes: int, name: str) -> NDArray[np.int64]:
-    """The labels of `arr_1`; ValueError where they are not one index of a class for each image."""
+    """Read the labels of `arr_1`; ValueError unless they are one class index for each image."""
     if array.dtype.kind not in "iu" or array.shape != (count,):
         raise ValueError(
-            f"--images: {name}: arr_1 is {array.said}, not {count} integers, one class an image: leave it out to"
-            " measure without classes"
+            f"--images: {name}: arr_1 is {array.description}, not {count} integers, one class per image: leave it"
+            " out to measure without classes"
         )
     labels = array.read(0, count)
     outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if outside.size:
         label = int(labels[outside[0]])
         raise ValueError(
-            f"--images: {name}: image {outside[0]} is of class {label} in arr_1, and there are {classes:,} classes from"
-            f" 0 on{' (the first class is 0, not 1)' if label == classes else ''}: leave arr_1 out to measure without"
+            f"--images: {name}: image {outside[0]} has class {label} in arr_1, but the {classes:,} classes are numbered"
+            f" from 0{' (the first class is 0, not 1)' if label == classes else ''}: leave arr_1 out to measure without"
             " classes"
         )
     return labels.astype(np.int64)
 
 
-def _numbered(
+def _numbers_by_name(
     names: Sequence[str | None], keys: Sequence[str], classes: tuple[str, ...], name: str
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """The number of each image's class by its name, and what should be said of it. A name that is no class may be the
-    number of one, as it is written or with zeros in front as the last class needs none; ValueError for others."""
+    """Return the class number of each image from its class name, and notes for the user. A name that is no class may be
+    the index of one, also with zeros in front, to the width of the last index; ValueError for other names."""
     if len(classes) < 2:
         used = any(each is not None for each in names)
         return np.full(len(names), NO_CLASS, np.int64), [_UNUSED] if used else []
@@ -314,9 +316,9 @@ def _numbered(
             continue
         if each is None or composed(each) not in number:
             raise ValueError(
-                f"--images: {name}: {printable(key)} is of class {each}, which is none of the"
-                f" {len(classes):,} classes, {_listed(classes)}: rename the class, or put all images into one folder to"
-                " measure without classes"
+                f"--images: {name}: {printable(key)} has class {each}, which is not one of the"
+                f" {len(classes):,} classes, {_first_names(classes)}: rename the class, or put all images into one"
+                " folder to measure without classes"
             )
         number_of[each] = number[composed(each)]
         if classes[number_of[each]] != each and not notes:
@@ -324,9 +326,9 @@ def _numbered(
     return np.array([number_of[each] for each in names], np.int64), notes
 
 
-def _recorded(folder: Path, keys: Sequence[str]) -> list[str | None] | None:
-    """The classes of the images that `latentmill sample` drew, by the index that their names begin with; None where
-    there is no record of it beside `folder`."""
+def _recorded_classes(folder: Path, keys: Sequence[str]) -> list[str | None] | None:
+    """Return the classes that `latentmill sample` recorded for its images, by the index that file names begin with;
+    None if there is no record beside `folder`."""
     file = folder.parent / SAMPLES
     if not file.is_file():
         return None
@@ -340,7 +342,7 @@ def _recorded(folder: Path, keys: Sequence[str]) -> list[str | None] | None:
         ) from error
 
 
-def _listed(names: Sequence[str]) -> str:
-    """The first five of some names, and how many more there are."""
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(map(printable, names[:5])) + more

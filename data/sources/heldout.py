@@ -1,4 +1,4 @@
-"""Images that are held out: never trained on, so that losses, scores and memorisation can be measured on them."""
+"""Opens held-out images: never trained on, so that losses, scores and memorisation can be measured on them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from data.text import counted, digest, printable
 
 
 class Subset:
-    """Some images of a data set as one of its own (see `data.sources.base.Source`), with the classes of the whole."""
+    """Presents some images of a data set as a data set (see `data.sources.base.Source`), with all its classes."""
 
     def __init__(self, whole: Source, chosen: NDArray[np.int64], name: str) -> None:
-        """`chosen` are indices into `whole`."""
+        """Select the images of `whole` with the indices `chosen`."""
         self.whole, self.chosen, self.name = whole, chosen, name
         self.classes, self.preprocessing, self.image_size = whole.classes, whole.preprocessing, whole.image_size
         self.keys: Sequence[str] = [whole.keys[i] for i in chosen]
         self.stamps: Sequence[str] = [whole.stamps[i] for i in chosen]
         self.labels = whole.labels[chosen]
-        self.size = whole.size * len(chosen) // len(whole.keys)  # their share, as if all files were of one size
+        self.size = whole.size * len(chosen) // len(whole.keys)  # an estimate, as if all files had the same size
         self.notes: Sequence[str] = whole.notes
 
     def fingerprint(self) -> str:
@@ -47,12 +47,12 @@ class Subset:
 
 
 def split(whole: Source, share: float) -> tuple[Subset, Subset]:
-    """The images of `whole` that are trained on, and the `share` of them that is held out.
+    """Split `whole` into the images that are trained on and the `share` of them that is held out.
 
-    Which ones is a function of each key alone, so an image stays on its side when others come or go. ValueError where
+    The side of an image depends on its key alone, so it stays when other images are added or removed. ValueError if
     one side would be empty.
     """
-    out = np.array([_place(key) < share for key in whole.keys], bool)
+    out = np.array([_hash_fraction(key) < share for key in whole.keys], bool)
     if out.all() or not out.any():
         side = "all" if out.all() else "none"
         raise ValueError(
@@ -65,7 +65,7 @@ def split(whole: Source, share: float) -> tuple[Subset, Subset]:
 def open_heldout(
     heldout: float | str, training: Source, *, image_size: int, matte: str, **columns: str | None
 ) -> tuple[Source, Source]:
-    """The images of `training` that stay in it, and those that `data.heldout` names: a share, or a path or URL."""
+    """Return the images to train on, and the held-out ones that `data.heldout` names: a share, or a path or URL."""
     if isinstance(heldout, str):
         return training, _files(heldout, training, image_size=image_size, matte=matte, **columns)
     if isinstance(training, Solids):
@@ -74,23 +74,23 @@ def open_heldout(
 
 
 def _solids(training: Solids, share: float) -> Solids:
-    """Renders of another seed, a `share` as many as those of training."""
+    """Return renders of another seed, `share` times as many as those of training."""
     seed = int(digest([f"heldout {training.seed}"])[:15], 16)
     count = round(len(training.keys) * share)
     if count < 1:
-        raise ValueError(f"data.heldout = {share:g}: that is none of {counted(len(training.keys), 'image')}")
+        raise ValueError(f"data.heldout = {share:g}: that is less than one of {counted(len(training.keys), 'image')}")
     return Solids(count=count, seed=seed, image_size=training.image_size)
 
 
 def _files(place: str, training: Source, *, image_size: int, matte: str, **columns: str | None) -> Source:
-    """The images at a path or URL, labelled as those of `training`.
+    """Open the images at a path or URL, with the class numbers of `training`.
 
-    ValueError, naming data.heldout, when they lie among those of training, or have a class that training has not.
+    ValueError, naming data.heldout, if they are among those of training, or have a class that training does not have.
     """
     inner, outer = Path(place), Path(training.name)
     if inner.exists() and outer.exists() and inner.resolve().is_relative_to(outer.resolve()):
         raise ValueError(
-            f"data.heldout = {place}: it lies inside data.source = {training.name}, which is trained on: move it out,"
+            f"data.heldout = {place}: it is inside data.source = {training.name}, which is trained on: move it out,"
             " or give a share such as 0.02"
         )
     try:
@@ -106,7 +106,7 @@ def _files(place: str, training: Source, *, image_size: int, matte: str, **colum
     unknown = [name for kind, name in enumerate(found.classes) if name not in number and (found.labels == kind).any()]
     if unknown:
         raise ValueError(
-            f"data.heldout = {place}: its class {printable(unknown[0])!r} is none of the {len(number):,} classes of"
+            f"data.heldout = {place}: its class {printable(unknown[0])!r} is not one of the {len(number):,} classes of"
             f" data.source, such as {printable(training.classes[0])!r}"
         )
     numbers = np.array([number.get(name, NO_CLASS) for name in found.classes], np.int64)
@@ -115,7 +115,7 @@ def _files(place: str, training: Source, *, image_size: int, matte: str, **colum
     return found
 
 
-def _place(key: str) -> float:
-    """A number in 0..1 that is a function of the key alone."""
+def _hash_fraction(key: str) -> float:
+    """Return a number in 0..1 that depends on the key alone."""
     hashed = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(hashed[:8], "big") / 2**64

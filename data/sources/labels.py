@@ -1,4 +1,4 @@
-"""Lists beside image files: which class a file has, and how classes are numbered."""
+"""Reads lists beside image files, which give the class of each file, and numbers the classes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MAX_CLASSES_BYTES, MAX_LIST_BYTES = 2**24, 2**30
 LISTS = ("metadata.csv", "metadata.jsonl", "dataset.json")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 ONE_CLASS = "images"  # the name of the class of a data set without classes
-Label = str | int | None  # as written, or a number of a typed column; None where an image has none
+Label = str | int | None  # as written, or a number from a typed column; None if an image has none
 
 
 def read_limited(fs: AbstractFileSystem, path: str, limit: int) -> bytes:
-    """A small file; ValueError where it is larger, as a few bytes of a zip file can say and unpack to."""
+    """Read a small file; ValueError if it is larger than `limit`: a few bytes in a zip can unpack to any size."""
     size = int(fs.info(path)["size"] or 0)
     if size > limit:
         raise ValueError(f"data.source: {printable(path)}: {size:,} bytes, over the limit of {limit:,}")
@@ -37,9 +37,9 @@ def read_limited(fs: AbstractFileSystem, path: str, limit: int) -> bytes:
 
 
 def read_list(payload: bytes, name: str, label_column: str | None) -> dict[str, Label] | None:
-    """File name -> label, as a list named `name` says; None where it says nothing of labels, as captions do.
+    """Read file name -> label from the list `name`; None if it has no labels, as a list of captions.
 
-    ValueError, naming the list, where it is damaged, names a file twice with two labels, or leads out of its folder.
+    ValueError, naming the list, if it is damaged, gives a file two labels, or names a file outside its folder.
     """
     try:
         text = payload.decode("utf-8-sig")
@@ -60,13 +60,13 @@ def read_list(payload: bytes, name: str, label_column: str | None) -> dict[str, 
 
 
 def read_classes(payload: bytes) -> tuple[str, ...]:
-    """Names of classes in the order of their numbers, one a line; what follows a tab is not part of the name."""
+    """Read names of classes in the order of their numbers, one per line; text after a tab is not part of the name."""
     text = payload.decode("utf-8-sig", "surrogateescape")  # folders' names need not be UTF-8 either
     names = [line.split("\t")[0].strip() for line in text.splitlines() if line.strip()]
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(
-                f"data.source: {CLASSES}: {printable(name)} is class {names.index(name)} and class {number}: name it"
+                f"data.source: {CLASSES}: {printable(name)} is class {names.index(name)} and class {number}: list it"
                 " once"
             )
     return tuple(names)
@@ -75,24 +75,24 @@ def read_classes(payload: bytes) -> tuple[str, ...]:
 def number_classes(
     labels: Sequence[Label], names: Sequence[str] | None, keys: Sequence[str]
 ) -> tuple[tuple[str, ...], NDArray[np.int64], list[str]]:
-    """Names of the classes, the number of every image's class, and what should be said of them.
+    """Return the names of the classes, the class number of every image, and notes for the user.
 
-    A label that is a known name is that class, another number an index into `names`. Without `names`, every label is a
-    class: numbers in their order, others sorted. Where no image has a label, all are one class; where some have none,
-    their number is `NO_CLASS`. ValueError names the image whose label is no class.
+    A label that is a known name is that class, any other number an index into `names`. Without `names`, every label is
+    a class: numbers in their order, others sorted. If no image has a label, all are one class; if some have none, their
+    number is `NO_CLASS`. ValueError names the image whose label is no class.
     """
     labels = [_composed(label) for label in labels]
     distinct = {label for label in labels if label is not None}
     notes = []
     if not distinct:
-        notes.append(f"no image has a class: all are one, {ONE_CLASS}, for a model without classes")
+        notes.append(f"no image has a class: all get one class, {ONE_CLASS}, for an unconditional model")
         return (ONE_CLASS,), np.zeros(len(labels), np.int64), notes
     texts = [key for key, label in zip(keys, labels, strict=True) if isinstance(label, str) and not label.isdecimal()]
     numbered = [key for key, label in zip(keys, labels, strict=True) if isinstance(label, int)]
     if names is None and texts and numbered:
         notes.append(
             f"labels are numbers (such as that of {printable(numbered[0])}) and names (such as that of"
-            f" {printable(texts[0])}): all are taken for names"
+            f" {printable(texts[0])}): all are read as names"
         )
     if names is None:
         classes = tuple(sorted({str(label) for label in distinct}, key=_natural))
@@ -106,7 +106,7 @@ def number_classes(
     if (without := np.flatnonzero(numbers == NO_CLASS)).size:
         notes.append(
             f"{len(without):,} {'images have' if len(without) > 1 else 'image has'} no class (such as"
-            f" {printable(keys[without[0]])}): trained as images without one"
+            f" {printable(keys[without[0]])}): they train as unlabelled images"
         )
     counts = np.bincount(numbers[numbers >= 0], minlength=len(classes))
     if (empty := np.flatnonzero(counts == 0)).size:
@@ -117,7 +117,7 @@ def number_classes(
 
 
 def composed(text: str) -> str:
-    """A text in the one form of Unicode in which names are compared: macOS writes é as two characters."""
+    """Normalise a text to Unicode NFC, in which names are compared: macOS writes é as two characters."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -130,8 +130,8 @@ def _natural(name: str) -> tuple[bool, int, str]:
 
 
 def _known_classes(names: list[str], labels: Iterable[str | int]) -> tuple[tuple[str, ...], dict[str | int, int]]:
-    """The classes that a list names, where a line may go on with a remark after the name, and the number of each label
-    that is one of them."""
+    """Return the classes that a list names, where a remark may follow a name, and the number of each label that is one
+    of them."""
     texts = {label for label in labels if isinstance(label, str)}
     short = [name if name in texts or name.split(" ")[0] not in texts else name.split(" ")[0] for name in names]
     index = {name: number for number, name in enumerate(short)}
@@ -147,12 +147,12 @@ def _known_classes(names: list[str], labels: Iterable[str | int]) -> tuple[tuple
 def _unknown(label: str | int, classes: tuple[str, ...]) -> str:
     if isinstance(label, int) or label.isdecimal():
         first = " (the first class is 0, not 1)" if int(label) == len(classes) else ""
-        return f"label {label} is none of the {len(classes):,} classes from 0 on{first}"
+        return f"label {label} is not one of the {len(classes):,} classes, numbered from 0{first}"
     return f"class {printable(label)} is not in {CLASSES}, which lists {len(classes):,} classes"
 
 
 def _lines_of_csv(text: str) -> Iterable[Mapping[str, Any]]:
-    """The rows of a table, whose columns are separated by what separates `file_name` from others in the first line."""
+    """Yield the rows of a table; its delimiter is the one beside `file_name` in the first line."""
     header = text.split("\n", 1)[0]
     delimiter = next(
         (mark for mark in ",;\t|" if "file_name" in [name.strip().strip('"') for name in header.split(mark)]), ","
@@ -167,14 +167,14 @@ def _lines_of_csv(text: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _lines_of_json(text: str) -> Iterable[Mapping[str, Any]]:
-    """The objects of JSON lines or of one JSON array."""
+    """Yield the objects of JSON lines or of one JSON array."""
     if text.lstrip().startswith("["):
         lines = parse_json(text)
     else:
         lines = [parse_json(line) for line in text.split("\n") if line.strip()]
     for line in lines:
         if not isinstance(line, dict):
-            raise TypeError(f"{str(line)[:60]} is no object with file_name")
+            raise TypeError(f"{str(line)[:60]} is not an object with file_name")
         yield line
 
 
@@ -185,7 +185,7 @@ def _label_column(columns: set[str]) -> str | None:
 
 
 def _plain_label(label: Any, key: str) -> Label:
-    """A label as text or number; texts keep their written form, and what is not there is None."""
+    """Return a label as text, as written, or number; None if it is empty."""
     if label is None or (isinstance(label, str) and not label.strip()):
         return None
     if isinstance(label, bool):
@@ -193,9 +193,9 @@ def _plain_label(label: Any, key: str) -> Label:
     if isinstance(label, float) and label.is_integer():
         return int(label)
     if not isinstance(label, str | int):
-        raise TypeError(f"{key}: label {label}: an image has one class, a name or a number from 0 on")
+        raise TypeError(f"{key}: label {label}: an image has one class, a name or a number from 0")
     if isinstance(label, int) and label < 0:
-        raise ValueError(f"{key}: label {label}: classes are numbered from 0 on; leave it empty for none")
+        raise ValueError(f"{key}: label {label}: classes are numbered from 0; leave it empty for no class")
     return label.strip() if isinstance(label, str) else label
 
 
@@ -208,8 +208,8 @@ def _one_label_each(entries: Iterable[tuple[str, Label]]) -> dict[str, Label]:
 
 
 def _key(file_name: str) -> str:
-    """The key of a file that a list names, which is below the list."""
+    """Return the key of a file that a list names, relative to the list; ValueError if it is outside its folder."""
     key = posixpath.normpath(file_name)
     if key.startswith(("../", "/")):
-        raise ValueError(f"{file_name} leads out of the folder")
+        raise ValueError(f"{file_name} is outside the folder")
     return key

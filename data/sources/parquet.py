@@ -1,4 +1,4 @@
-"""Image files in Parquet files, as data sets on the Hugging Face hub and tables of pandas or polars have them."""
+"""Reads image files in Parquet files, as written by data sets on the Hugging Face hub, pandas or polars."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from data.sources.base import PerProcess, stamp
+from data.sources.base import PerProcessFileSystem, stamp
 from data.sources.labels import LABEL_COLUMNS, Label
 from data.storage import parse_json
 from data.text import printable
 
-MAX_GROUP_BYTES = 2**31  # of images in a row group, which is held in memory, or of labels in a file
+MAX_GROUP_BYTES = 2**31  # per row group of images, which is held in memory, or per file of labels
 _ROWS_AT_A_TIME = 64
 
 
 class ParquetFiles:
-    """Parquet files with a column of image files, `{bytes, path}` or plain binary, and one of labels."""
+    """Reads Parquet files with a column of image files, `{bytes, path}` or plain binary, and one of labels."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class ParquetFiles:
         image_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        """`infos` has what `fs` says of each file by the name that begins its keys."""
-        self.fs = PerProcess(fs)
+        """List the images. `infos` maps the name that begins the keys of a file to what `fs` reports of the file."""
+        self.fs = PerProcessFileSystem(fs)
         self.keys: list[str] = []
         self.labels: list[Label] = []
         self.stamps: list[str] = []
@@ -39,7 +39,7 @@ class ParquetFiles:
         first: tuple[str, tuple[str, str | None, tuple[str, ...] | None]] | None = None
         for name, info in infos.items():
             file = _parquet(self, info["name"], os.getpid())
-            with _telling(info["name"]):
+            with _naming_damaged_file(info["name"]):
                 columns = _columns(file, info["name"], image_column, label_column)
             first = first or (name, columns)
             if columns != first[1]:
@@ -49,7 +49,7 @@ class ParquetFiles:
                 )
             self.image, label, self.classes = columns
             count = file.metadata.num_rows
-            with _telling(info["name"]):
+            with _naming_damaged_file(info["name"]):
                 self.labels += [None] * count if label is None else _labels(file, label, name)
             self.keys += [f"{name}/{row:06d}" for row in range(count)]
             self.stamps += [stamp({**info, "row": row}) for row in range(count)]
@@ -60,7 +60,7 @@ class ParquetFiles:
                 own = (self.image, f"{self.image}.bytes")
                 self.size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in own)
         assert first
-        self.notes = [f"the images are those of the column {self.image}, the classes of {first[1][1] or 'no column'}"]
+        self.notes = [f"images are read from column {self.image}, classes from {first[1][1] or 'no column'}"]
 
     def read(self, index: int) -> bytes:
         path, group, row = self._places[index]
@@ -73,24 +73,24 @@ class ParquetFiles:
 
 @functools.lru_cache(maxsize=16)
 def _parquet(files: ParquetFiles, path: str, pid: int) -> Any:
-    """An open Parquet file of this process: one that was opened before a fork is not shared."""
+    """Open a Parquet file in this process: one that was opened before a fork is not shared."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError("data.source: Parquet files need pyarrow: pip install 'latentmill[parquet]'") from None
-    with _telling(path):
-        return pyarrow.parquet.ParquetFile(files.fs.here().open(path))
+    with _naming_damaged_file(path):
+        return pyarrow.parquet.ParquetFile(files.fs.get().open(path))
 
 
 @contextlib.contextmanager
-def _telling(path: str) -> Iterator[None]:
-    """What pyarrow says of a damaged file becomes a ValueError with its name; an OSError of a disk has a number."""
+def _naming_damaged_file(path: str) -> Iterator[None]:
+    """Turn pyarrow's errors about a damaged file into a ValueError that names it; a disk's OSError has a number."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # of names, too
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names may not be UTF-8
         if getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"data.source: {path}: damaged: {' '.join(str(error).split())}") from error
@@ -98,14 +98,14 @@ def _telling(path: str) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=2)
 def _row_group(files: ParquetFiles, path: str, group: int, pid: int) -> Any:
-    """The column of images of a row group, which is read whole: neighbours are asked for next."""
-    with _telling(path):
+    """Read the whole image column of a row group: its other rows are usually requested next."""
+    with _naming_damaged_file(path):
         return _column(_parquet(files, path, pid), files.image, MAX_GROUP_BYTES, row_groups=[group])
 
 
 def _column(file: Any, column: str, limit: int, **options: Any) -> Any:
-    """A column, read in small parts; ValueError where it is larger than `limit` bytes: a value that many rows refer to
-    stands in the file once."""
+    """Read a column in small parts; ValueError if it is larger than `limit` bytes: a file may store a value once that
+    many rows refer to."""
     import pyarrow
 
     parts, size = [], 0
@@ -120,17 +120,16 @@ def _column(file: Any, column: str, limit: int, **options: Any) -> Any:
 def _columns(
     file: Any, path: str, image_column: str | None, label_column: str | None
 ) -> tuple[str, str | None, tuple[str, ...] | None]:
-    """The names of the columns of images and of labels, and the classes' names where the schema has them.
+    """Return the names of the columns of images and labels, and the classes' names if the schema has them.
 
-    There is no column of labels in a table that has nothing but images. ValueError where several columns could be
-    meant, or none.
+    A table of images alone has no column of labels. ValueError if several columns are possible, or none.
     """
     schema = file.schema_arrow
     images = [field.name for field in schema if _holds_files(field.type) and field.name not in LABEL_COLUMNS]
     named = [name for name in LABEL_COLUMNS if name in schema.names]
     labels = [name for name in schema.names if name not in images]
-    image = _choose(images, images, image_column, "image", path, schema.names)
-    label = _choose(named, labels, label_column, "label", path, schema.names) if labels else None
+    image = _choose_column(images, images, image_column, "image", path, schema.names)
+    label = _choose_column(named, labels, label_column, "label", path, schema.names) if labels else None
     assert image
     names = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
     for key in ("info", "features", label, "names"):
@@ -138,28 +137,27 @@ def _columns(
     return image, label, tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
-def _choose(
-    found: list[str], possible: list[str], asked: str | None, kind: str, path: str, columns: list[str]
+def _choose_column(
+    found: list[str], possible: list[str], requested: str | None, kind: str, path: str, columns: list[str]
 ) -> str | None:
-    """The column that was asked for or is the only one found; of several, one that is called by its kind or, of labels,
-    the first."""
-    if asked is not None:
-        if asked in possible:
-            return asked
-        why = f"data.{kind}_column = {asked}: no column of {kind}s"
+    """Return the requested column, or the only one found; of several, the one named `kind` or the first of labels."""
+    if requested is not None:
+        if requested in possible:
+            return requested
+        why = f"data.{kind}_column = {requested}: no column of {kind}s"
     elif len(found) == 1 or kind in found or (found and kind == "label"):
         return kind if kind in found else found[0]
     elif found:
-        why = f"{len(found)} columns hold images, {', '.join(found)}: give data.image_column={found[0]}, say"
+        why = f"{len(found)} columns hold images, {', '.join(found)}: give data.image_column={found[0]}, for example"
     elif kind == "image":
         why = "needs a column of images, {bytes, path} or binary"
     else:
-        why = f"needs a column of classes, one named label, or data.label_column={possible[0]}, say"
+        why = f"needs a column of classes, one named label, or data.label_column={possible[0]}, for example"
     raise ValueError(f"data.source: {path}: {why}; it has {', '.join(columns)}")
 
 
 def _holds_files(kind: Any) -> bool:
-    """Whether a column of an Arrow type can hold image files: binary, or a struct with a field `bytes` of that type."""
+    """Return whether a column of an Arrow type can hold image files: binary, or a struct with such a field `bytes`."""
     import pyarrow.types as types
 
     if types.is_struct(kind):
@@ -169,7 +167,7 @@ def _holds_files(kind: Any) -> bool:
 
 
 def _labels(file: Any, column: str, name: str) -> list[Label]:
-    """A column as labels: whole numbers, texts, or None where there is none; ValueError names column, row and value."""
+    """Read a column as labels: whole numbers, texts, or None; ValueError names column, row and value."""
     values = _column(file, column, MAX_GROUP_BYTES).to_pylist() if file.metadata.num_rows else []
     if all(type(value) in (int, str) for value in values):
         return values
@@ -182,7 +180,7 @@ def _labels(file: Any, column: str, name: str) -> list[Label]:
         if not isinstance(value, int | str | None):
             raise ValueError(
                 f"data.source: {printable(name)}: column {column}, row {row}: {str(value)[:60]}: an image has one"
-                " class, a name or a whole number from 0 on"
+                " class, a name or a whole number from 0"
             )
         labels.append(value)
     return labels

@@ -1,11 +1,11 @@
-"""Ten kinds of ray-marched solids: a labelled image data set that needs no download.
+"""Renders ten kinds of solids by ray marching: a labelled image data set that needs no download.
 
-Every image is a function of (seed, index, size) alone, and its scene of (seed, index): one scene, any size.
-Solids lie inside the unit ball; `y` points up, an orthographic camera looks towards negative `z` and down.
+Every image depends on (seed, index, size) alone, and its scene on (seed, index): the same scene at any size.
+Solids are inside the unit ball; `y` points up, an orthographic camera looks towards negative `z` and down.
 Arrays of scenes and of rays have their `n` scenes or rays on the last axis.
 
 Solids are signed distance functions (Quilez, "Distance functions"), negative inside. A maximum or minimum of
-distances is only a lower bound of the distance; its slope is at most 1, which is all a march needs.
+distances is only a lower bound of the distance; its slope is at most 1, which is enough for ray marching.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STEPS = 48  # marching steps before a grazing ray counts as a miss
 _EPSILON = 2e-3  # distance that counts as a hit
 _CHUNK = 100_000  # rays marched together: their arrays stay in the processor's cache
 _SUBPIXELS = ((-0.375, -0.125), (-0.125, 0.375), (0.125, -0.375), (0.375, 0.125))  # rotated grid, in pixels
-_CREASE = 0.08  # squared difference of neighbouring normals from which an edge lies between two pixels
+_CREASE = 0.08  # squared difference of neighbouring normals that counts as an edge between two pixels
 
 
 def capsule(x: Floats, y: Floats, z: Floats) -> Floats:
@@ -86,17 +86,17 @@ def _intersection(*distances: Floats) -> Floats:
 
 
 def _tapered(radius: Floats, y: Floats, *, width: float, low: float, high: float) -> Floats:
-    """A solid that narrows from radius `width` at height `low` to a point at height `high`."""
+    """Return the distance to a solid that narrows from radius `width` at height `low` to a point at height `high`."""
     slant = (radius * (high - low) + (y - high) * width) / hypot(high - low, width)
     return _intersection(slant, low - y)
 
 
 class Kind(NamedTuple):
-    """A solid and the poses from which it can be told. Angles are in degrees."""
+    """Describes a solid and the poses in which it can be recognised. Angles are in degrees."""
 
     distance: Distance
     low: float  # height of the ground on which its shadow falls
-    yaw: tuple[float, float] = (0, 360)  # keeps flat sides off a view face-on and off equal light
+    yaw: tuple[float, float] = (0, 360)  # avoids flat sides seen face-on or in equal light
     lean: tuple[float, float] = (0, 0)
     lean_axis: int = 0  # 0: towards the camera, which opens a hole; 2: to the left or to the right
 
@@ -117,12 +117,12 @@ CLASSES = tuple(KINDS)
 
 
 def label(index: Index) -> Index:
-    """Class of image `index` (an integer, or integers of any shape): the ten classes take turns."""
+    """Return the class of image `index` (an integer, or integers of any shape): the ten classes alternate."""
     return index % len(CLASSES)
 
 
 class Solids:
-    """The first `count` images of a seed as a data set (see `data.sources.base.Source`)."""
+    """Renders the first `count` images of a seed as a data set (see `data.sources.base.Source`)."""
 
     def __init__(self, *, count: int, seed: int, image_size: int) -> None:
         self.name = "solids"
@@ -162,7 +162,7 @@ def render(indices: Sequence[int] | Ints, *, seed: int, size: int) -> NDArray[np
 
 
 class Scene(NamedTuple):
-    """What an image shows besides its kind of solid. Directions are unit vectors in the axes of the solid."""
+    """Describes what an image shows besides its kind of solid. Directions are unit vectors in the axes of the solid."""
 
     view: Floats  # 3 3, the picture's right and up, and forward into it
     light: Floats  # 2 3, towards the light, and halfway between the light and the camera
@@ -175,12 +175,12 @@ class Scene(NamedTuple):
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene of image `index`, drawn by a Philox generator with the key (seed, index)."""
+    """Draw the scene of image `index` from a Philox generator with the key (seed, index)."""
     random = np.random.Generator(np.random.Philox(key=[seed, index]))
     draw = random.uniform
     kind = KINDS[CLASSES[label(index)]]
     tilt = radians(draw(20, 40))
-    # Steep enough that the top is always the brightest face, aside enough that left and right always differ.
+    # Steep enough that the top is always the brightest face, sideways enough that left and right always differ.
     light = _direction(random.choice((-1, 1)) * radians(draw(45, 75)), radians(draw(48, 60)))
     camera = _direction(0, tilt)
     half = (light + camera) / np.sqrt(((light + camera) ** 2).sum())
@@ -202,12 +202,12 @@ def scene(seed: int, index: int) -> Scene:
 
 
 def _direction(azimuth: float, height: float) -> NDArray[np.float64]:
-    """Unit vector at an angle from the camera's side around the vertical, and an angle above the ground."""
+    """Return the unit vector at an angle around the vertical, from the camera's side, and an angle above the ground."""
     return np.array([sin(azimuth) * cos(height), sin(height), cos(azimuth) * cos(height)])
 
 
 def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
-    """Matrix `3 3` of a turn by `angle` about a coordinate axis."""
+    """Return the matrix `3 3` of a rotation by `angle` about a coordinate axis."""
     j, k = (axis + 1) % 3, (axis + 2) % 3
     matrix = np.eye(3)
     matrix[j, j] = matrix[k, k] = cos(angle)
@@ -216,13 +216,13 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
 
 
 def _hsv(hue: float, saturation: float, value: float) -> NDArray[np.float64]:
-    """RGB in 0..1 of a hue in turns (Smith 1978, "Color gamut transform pairs")."""
+    """Return RGB in 0..1 of a hue in turns (Smith 1978, "Color gamut transform pairs")."""
     ramp = np.clip(np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1, 0, 1)
     return np.asarray(value * (1 - saturation * (1 - ramp)))
 
 
 def _draw(kind: Kind, scenes: list[Scene], size: int) -> NDArray[np.uint8]:
-    """One ray a pixel, then four more where the surface has an edge: uint8 `n size size 3`."""
+    """Trace one ray per pixel, then four more where the surface has an edge: uint8 `n size size 3`."""
     stacked = Scene(*(np.stack(field, -1) for field in zip(*scenes, strict=True)))
     shape = (len(scenes), size, size)
     image, row, column = np.indices(shape).reshape(3, -1)
@@ -239,7 +239,7 @@ def _draw(kind: Kind, scenes: list[Scene], size: int) -> NDArray[np.uint8]:
 
 
 def _edges(normal: Floats) -> NDArray[np.bool_]:
-    """Pixels whose normal differs from a neighbour's, `3 n s s` -> `n s s` (the normal of a miss is zero)."""
+    """Find pixels whose normal differs from a neighbour's, `3 n s s` -> `n s s` (the normal of a miss is zero)."""
     edge = np.zeros(normal.shape[1:], bool)
     for axis in (-2, -1):  # the roll joins opposite borders, where the normal is zero: no solid reaches them
         differs = ((normal - np.roll(normal, 1, axis)) ** 2).sum(0) > _CREASE
@@ -248,7 +248,7 @@ def _edges(normal: Floats) -> NDArray[np.bool_]:
 
 
 def _trace(kind: Kind, scene: Scene, image: Ints, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Colour and normal, both `3 n`, of rays at places (x, y) in -1..1 of the pictures number `image`."""
+    """Return colour and normal, both `3 n`, of rays at positions (x, y) in -1..1 of the images number `image`."""
     a, b = x * scene.zoom[image] - scene.shift[0, image], y * scene.zoom[image] - scene.shift[1, image]
     colour = _background(scene, kind.low, image, a, b, y)
     normal = np.zeros_like(colour)
@@ -263,9 +263,9 @@ def _trace(kind: Kind, scene: Scene, image: Ints, x: Floats, y: Floats) -> tuple
 
 
 def _march(distance: Distance, centre: Floats, direction: Floats) -> tuple[NDArray[np.bool_], Floats]:
-    """Rays that hit, and where (`3 hits`): sphere tracing in the unit ball (Hart 1996, "Sphere tracing").
+    """Return which rays hit, and where (`3 hits`): sphere tracing in the unit ball (Hart 1996, "Sphere tracing").
 
-    `centre` is the middle of a ray's way through the ball. A step as long as the distance passes no surface.
+    `centre` is the middle of a ray's path through the ball. A step as long as the distance crosses no surface.
     """
     end = np.sqrt(np.maximum(1 - _dot(centre, centre), 0))
     t, hit, active = -end, np.zeros(len(end), bool), np.arange(len(end))
@@ -278,7 +278,7 @@ def _march(distance: Distance, centre: Floats, direction: Floats) -> tuple[NDArr
 
 
 def _normals(distance: Distance, points: Floats) -> Floats:
-    """Unit gradient at `points`, `3 n`, from a tetrahedron's corners (Quilez, "Normals for an SDF")."""
+    """Return the unit gradient at `points`, `3 n`, from a tetrahedron's corners (Quilez, "Normals for an SDF")."""
     gradient: Floats = np.zeros_like(points)
     for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         offset = np.array(corner, np.float32)[:, None]
@@ -292,14 +292,14 @@ def _dot(a: Floats, b: Floats) -> Floats:
 
 
 def _shade(scene: Scene, image: Ints, normal: Floats) -> Floats:
-    """Lambert's cosine law over ambient light, and a highlight (Blinn 1977, "Models of light reflection")."""
+    """Shade by Lambert's cosine law over ambient light, and a highlight (Blinn 1977, "Models of light reflection")."""
     light, half = scene.light[..., image]
     lambert, shine = np.maximum(_dot(normal, light), 0), np.maximum(_dot(normal, half), 0) ** 32
     return scene.albedo[:, image] * (0.28 + 0.72 * lambert) + 0.3 * shine
 
 
 def _background(scene: Scene, low: float, image: Ints, a: Floats, b: Floats, y: Floats) -> Floats:
-    """A vertical gradient, with a soft shadow where the ray at (a, b) meets the ground at height `low`."""
+    """Return a vertical gradient, with a soft shadow where the ray at (a, b) meets the ground at height `low`."""
     along = (low * np.cos(scene.tilt)[image] - b) / np.sin(scene.tilt)[image]
     bottom, top = scene.ground[..., image]
     away = (a - scene.shadow[0, image]) ** 2 + (along - scene.shadow[1, image]) ** 2

@@ -1,4 +1,4 @@
-"""Image files in tar shards, as webdataset has them."""
+"""Reads image files in tar shards, as webdataset writes them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 
 from fsspec import AbstractFileSystem
 
-from data.sources.base import PassedOver, PerProcess, stamp
+from data.sources.base import PerProcessFileSystem, Skipped, stamp
 from data.sources.decode import is_image
 from data.sources.labels import Label
 from data.storage import parse_json
 from data.text import printable
 
-MAX_LABEL_BYTES = 2**20  # of a member that only says which class an image has
-_MAX_LINKS = 16  # that lead to one another
+MAX_LABEL_BYTES = 2**20  # per member that holds the class of an image
+_MAX_LINKS = 16  # followed one after another
 
 
 class TarShards:
-    """Tar files of images, each beside a member of the same name with its class: `.cls`, or `.json` with `label`.
+    """Reads tar files of images, each beside a member of the same name with its class: `.cls`, or `.json` with `label`.
 
-    Nothing is extracted. A sample is the members whose names are equal up to the first dot, as webdataset has it. Links
-    are followed inside their tar. Where no image has a label, the classes are the top folders inside the tars.
+    Nothing is extracted. A sample is the members whose names are equal up to the first dot, as in webdataset. Links are
+    followed inside their tar. If no image has a label, the classes are the top folders inside the tars.
     """
 
     def __init__(
@@ -34,18 +34,18 @@ class TarShards:
         classes: tuple[str, ...] | None,
         image_column: str | None = None,
     ) -> None:
-        """`infos` has what `fs` says of each tar by the name that begins its keys; `image_column` is the suffix of the
-        images of samples that have several."""
-        self._fs, self.classes = PerProcess(fs), classes
+        """List the samples. `infos` maps the name that begins the keys of a tar to what `fs` reports of the tar;
+        `image_column` is the suffix of images, if samples have several."""
+        self._fs, self.classes = PerProcessFileSystem(fs), classes
         self.keys: list[str] = []
         self.labels: list[Label] = []
         self.stamps: list[str] = []
         self._places: list[tuple[str, int, int]] = []  # file, first byte, byte after the last
-        passed = PassedOver()
+        skipped = Skipped()
         for name, info in infos.items():
             path = info["name"]
             with fs.open(path) as file:
-                for key, place, label in _samples(file, path, passed, image_column):
+                for key, place, label in _samples(file, path, skipped, image_column):
                     self.keys.append(f"{name}/{key}")
                     self.labels.append(label)
                     self.stamps.append(stamp({**info, "size": place.size, "offset": place.offset}))
@@ -54,14 +54,14 @@ class TarShards:
         self.notes: list[str] = []
         if self.keys and not any(label is not None for label in self.labels):
             self._label_by_folder(list(infos))
-        self.notes += passed.lines()
+        self.notes += skipped.lines()
 
     def read(self, index: int) -> bytes:
         path, start, end = self._places[index]
-        return self._fs.here().cat_file(path, start=start, end=end)
+        return self._fs.get().cat_file(path, start=start, end=end)
 
     def _label_by_folder(self, names: list[str]) -> None:
-        """Classes of samples none of which has a label: their folders; none, if the tars are shards by their names."""
+        """Label samples, none of which has a label, by their folders, or not at all if the tars are numbered shards."""
         inside = [
             key.removeprefix(next(f"{name}/" for name in names if key.startswith(f"{name}/"))) for key in self.keys
         ]
@@ -78,20 +78,20 @@ class TarShards:
 
 
 class _Place(NamedTuple):
-    """Where a member's contents lie in its tar."""
+    """Locates a member's contents in its tar."""
 
     name: str
     offset: int
     size: int
 
 
-def _samples(file: Any, path: str, passed: PassedOver, image_column: str | None) -> Iterator[tuple[str, _Place, Label]]:
-    """Key, image and label of every sample of one tar that has an image."""
+def _samples(file: Any, path: str, skipped: Skipped, image_column: str | None) -> Iterator[tuple[str, _Place, Label]]:
+    """Yield key, image and label of every sample of one tar that has an image."""
     images: dict[str, _Place] = {}
     labels: dict[str, tuple[_Place, Label]] = {}
     wanted = image_column and image_column.lower().lstrip(".")
     try:
-        for place in _members(file, path, passed):
+        for place in _members(file, path, skipped):
             key, suffix = _split(place.name)
             kind = suffix.rpartition(".")[2]
             if is_image(f"x.{suffix}") and wanted in (None, suffix):
@@ -100,22 +100,22 @@ def _samples(file: Any, path: str, passed: PassedOver, image_column: str | None)
                 images[key] = place
             elif kind in ("cls", "json") and place.size <= MAX_LABEL_BYTES:
                 label = _label(_read(file, place), kind)
-                if label is None and kind == "json":  # it may be about other things
+                if label is None and kind == "json":  # it may hold other data
                     continue
-                first, said = labels.setdefault(key, (place, label))
-                if str(said) != str(label):
-                    raise ValueError(f"{first.name} says {said}, {place.name} says {label}: an image has one class")
+                first, known = labels.setdefault(key, (place, label))
+                if str(known) != str(label):
+                    raise ValueError(f"{first.name} says {known}, {place.name} says {label}: an image has one class")
             else:
-                passed.add(f".{kind}" if suffix else "without suffix", f"{path}/{place.name}")
+                skipped.add(f".{kind}" if suffix else "without suffix", f"{path}/{place.name}")
     except (tarfile.TarError, TypeError, ValueError, EOFError) as error:
         raise ValueError(f"data.source: {printable(path)}: {type(error).__name__}: {error}") from error
-    _check_pairs(images, labels, path, passed)
+    _check_pairs(images, labels, path, skipped)
     for key, place in images.items():
         yield key, place, labels[key][1] if key in labels else None
 
 
 class _Headers:
-    """A tar as tarfile reads it, which is all but the members' contents: a long name may be said to have any length."""
+    """Limits what tarfile reads at once of a tar: a header may state any length for a long name."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.tell, self.seek = file, file.tell, file.seek
@@ -126,24 +126,24 @@ class _Headers:
         return self._file.read(size)
 
 
-def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
-    """Every plain member of a tar, and what links inside it lead to, under the link's name; others are counted.
+def _members(file: Any, path: str, skipped: Skipped) -> Iterator[_Place]:
+    """Yield every regular member of a tar, and targets of links inside it under the link's name; count all others.
 
-    ValueError names a member that is there twice, and where a tar is cut off or damaged.
+    ValueError names a member that occurs twice, and where a tar is truncated or damaged.
     """
     places: dict[str, _Place] = {}
     links: dict[str, str] = {}
-    written: dict[str, str] = {}  # names as they are in the tar, and where
+    written: dict[str, str] = {}  # names as written in the tar, and their offsets
     with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             name = posixpath.normpath(member.name).lstrip("/")
             if ".." in member.name.split("/") or posixpath.basename(name).startswith("."):
                 if not member.isdir():
-                    passed.add("hidden or leading out of the tar", f"{path}/{member.name}")
+                    skipped.add("hidden or outside the tar", f"{path}/{member.name}")
             elif name in places or name in links:
                 raise ValueError(
                     f"two members are called {name}, {written[name]} and {member.name} at byte {member.offset}: give"
-                    " every sample a name of its own, such as cat/000.png, or leave one of them out"
+                    " every sample its own name, such as cat/000.png, or remove one of them"
                 )
             elif member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 places[name] = _Place(name, member.offset_data, member.size)
@@ -152,10 +152,10 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
             elif member.issym():
                 links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
             elif not member.isdir():
-                passed.add("no plain file", f"{path}/{member.name}")
+                skipped.add("not a regular file", f"{path}/{member.name}")
             written[name] = f"{member.name} at byte {member.offset}"
             tar.members.clear()
-        file.seek(tar.offset)  # tarfile takes all but the first damaged header for the end, which is a zero block
+        file.seek(tar.offset)  # tarfile reads a damaged header, except the first, as the end, which is a zero block
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError(f"truncated or damaged at byte {tar.offset}")
     for name, target in links.items():
@@ -164,12 +164,12 @@ def _members(file: Any, path: str, passed: PassedOver) -> Iterator[_Place]:
         if target in places:
             places[name] = places[target]._replace(name=name)
         else:
-            passed.add("linked (to nothing in the tar)", f"{path}/{name}")
+            skipped.add("linked (to nothing in the tar)", f"{path}/{name}")
     yield from places.values()
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and suffix of a member's name: the key ends at the first dot of the last part, as webdataset has it."""
+    """Split a member's name into key and suffix: the key ends at the first dot of the last part, as in webdataset."""
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
@@ -178,16 +178,16 @@ def _split(name: str) -> tuple[str, str]:
 def _two_images(first: str, second: str, key: str) -> str:
     if any(_split(name)[1].count(".") for name in (first, second)):
         return (
-            f"{first} and {second} are one sample, {key}, for a key ends at the first dot: name them without further"
-            " dots, or give data.image_column, the suffix that images have"
+            f"{first} and {second} are one sample, {key}, because a key ends at the first dot: use names without"
+            " further dots, or give data.image_column, the suffix of the images"
         )
-    return f"{first} and {second} are two images of one sample: give data.image_column={_split(first)[1]}, say"
+    return f"{first} and {second} are two images of one sample: give data.image_column={_split(first)[1]}, for example"
 
 
 def _check_pairs(
-    images: dict[str, _Place], labels: dict[str, tuple[_Place, Label]], path: str, passed: PassedOver
+    images: dict[str, _Place], labels: dict[str, tuple[_Place, Label]], path: str, skipped: Skipped
 ) -> None:
-    """ValueError where an image has no label and a label no image: one of their names is not what it should be."""
+    """Raise ValueError if there are both an image without a label and a label without an image: a name is wrong."""
     alone = [key for key in images if key not in labels]
     left = [key for key in labels if key not in images]
     if alone and left:
@@ -195,11 +195,11 @@ def _check_pairs(
         pair = next(((key, wanted[key.casefold()]) for key in alone if key.casefold() in wanted), (alone[0], left[0]))
         raise ValueError(
             f"data.source: {printable(path)}: {printable(images[pair[0]].name)} has no label, and"
-            f" {printable(labels[pair[1]][0].name)} no"
-            " image: the two of a sample have one name up to the first dot, letter for letter"
+            f" {printable(labels[pair[1]][0].name)} no image: both need the same name up to the first dot, with"
+            " the same case"
         )
     for key in left:
-        passed.add("without an image (labels)", f"{path}/{labels[key][0].name}")
+        skipped.add("without an image (labels)", f"{path}/{labels[key][0].name}")
 
 
 def _read(file: Any, place: _Place) -> bytes:
@@ -208,11 +208,11 @@ def _read(file: Any, place: _Place) -> bytes:
 
 
 def _label(content: bytes, kind: str) -> Label:
-    """The class that a member names; a JSON may be about other things."""
+    """Return the class that a member names; a JSON may hold other data."""
     if kind == "cls":
         return content.decode().strip() or None
     value = parse_json(content)
     label = value.get("label") if isinstance(value, dict) else None
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        raise TypeError(f"label {label}: an image has one class, a name or a number from 0 on")
+        raise TypeError(f"label {label}: an image has one class, a name or a number from 0")
     return label.strip() or None if isinstance(label, str) else label

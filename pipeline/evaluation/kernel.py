@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of features: KID's (Binkowski et al. 2018), over all pairs."""
+"""The kernel distance between two sets of features: KID (Binkowski et al. 2018), but over all pairs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from pipeline.evaluation.figures import (
 def kernel_distance(
     features: Features, reference: Features, reference_similarity: float, device: torch.device
 ) -> Estimate:
-    """The unbiased squared maximum mean discrepancy of the kernel (x.y / D + 1)^3; its mean over equal sets is 0.
+    """Compute the unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    Over all pairs of the first LIMIT rows of each set, where KID takes the mean over random subsets of 1,000 or less.
-    Of the reference, what does not depend on the features is given: its `mean_similarity`.
+    Its expected value is 0 for two sets from the same distribution. It uses all pairs of the first LIMIT rows of each
+    set; KID averages over random subsets of at most 1,000 rows. `reference_similarity` is the reference's
+    `mean_similarity`, which is computed only once.
     """
     value, without = _distances(features, reference, reference_similarity, device)
     return jackknife(value, without) if without else Estimate(value, None)
@@ -35,9 +36,9 @@ def kernel_distance(
 def kernel_difference(
     one: Features, other: Features, reference: Features, reference_similarity: float, device: torch.device
 ) -> Estimate:
-    """The kernel distance of `one` less that of `other`, whose rows belong together: row i of both has the same draws.
+    """Compute the kernel distance of `one` minus that of `other`, whose rows are paired: row i uses the same draws.
 
-    The interval leaves out the same rows of both, so that what the draws have in common cancels.
+    The jackknife leaves out the same rows of both sets, so that the common part of the draws cancels.
     """
     assert len(one) == len(other)
     value, without = _distances(one, reference, reference_similarity, device)
@@ -49,7 +50,7 @@ def kernel_difference(
 def _distances(
     features: Features, reference: Features, reference_similarity: float, device: torch.device
 ) -> tuple[float, list[float]]:
-    """The distance of all rows, and those without each group of the jackknife; none where there are too few rows."""
+    """Return the distance of all rows, and without each group of the jackknife (empty if there are too few rows)."""
     check(features, reference)
     within, across = _within(features, device), _across(features, reference, device)
     count, others = min(len(features), LIMIT), min(len(reference), LIMIT)
@@ -66,14 +67,14 @@ def _distances(
 
 
 def mean_similarity(features: Features, device: torch.device) -> float:
-    """The mean of the kernel over all pairs of different rows among the first LIMIT."""
+    """Return the mean of the kernel over all pairs of different rows among the first LIMIT."""
     check(features)
     count = min(len(features), LIMIT)
     return _within(features, device).sum().item() / (count * (count - 1))
 
 
 def _within(features: Features, device: torch.device) -> Tensor:
-    """Sums of the kernel over pairs of different rows, by the groups of both: `GROUPS GROUPS`."""
+    """Sum the kernel over pairs of different rows, by the groups of both rows: `GROUPS GROUPS`."""
     sums = zeros(GROUPS, GROUPS, device=device)
     for i, x in enumerate(blocks(features, device, LIMIT)):
         for j, y in enumerate(blocks(features, device, min((i + 1) * BLOCK, LIMIT))):
@@ -86,7 +87,7 @@ def _within(features: Features, device: torch.device) -> Tensor:
 
 
 def _across(features: Features, reference: Features, device: torch.device) -> Tensor:
-    """Sums of the kernel over pairs of a row of each set, by the groups of `features`: `GROUPS`."""
+    """Sum the kernel over pairs of one row of each set, by the groups of `features`: `GROUPS`."""
     sums = zeros(GROUPS, device=device)
     for x in blocks(features, device, LIMIT):
         for y in blocks(reference, device, LIMIT):
@@ -100,6 +101,6 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _membership(block: Tensor) -> Tensor:
-    """`n GROUPS`: 1 where a row is in a group."""
+    """Return a matrix `n GROUPS`: 1 if the row is in the group, else 0."""
     eye = torch.eye(GROUPS, dtype=block.dtype, device=block.device)
     return eye.repeat(len(block) // GROUPS + 1, 1)[: len(block)]

@@ -1,4 +1,4 @@
-"""All figures of a set of images against a reference, by one network."""
+"""Compute all metrics of a set of images against a reference, with the features of one network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from data.storage import checked, publish, publish_checked, read, sha256_file
+from data.storage import publish, publish_checked, read, sha256_file, strip_checksum
 from pipeline.evaluation.classes import (
     Probe,
     class_frechet_distances,
@@ -29,13 +29,13 @@ from pipeline.evaluation.kernel import kernel_distance, mean_similarity
 from pipeline.evaluation.neighbours import closer_than_heldout, nearest, neighbour_figures
 from pipeline.evaluation.networks import FeatureNetwork
 
-_COPIES = 0.01  # share of copies among images from which their figures have no interval
-_HUNDREDTH = 100  # held-out images of which the closest hundredth is at least one
-VERSION = 1  # of the figures: raise it when a change alters them, so that none is taken from before
+_COPIES = 0.01  # with a larger fraction of copies among the images, metrics have no interval
+_HUNDREDTH = 100  # minimum number of held-out images for the metric of the closest 1 %
+VERSION = 1  # increase it when a change of the code alters metrics, so that no old ones are reused
 
 
 def _rounded(value: Any) -> Any:
-    """A figure, or all in a dict or list, to nine digits: the last ones of float64 sums depend on threads."""
+    """Round numbers, also in a dict or list, to nine digits: the last ones of float64 sums depend on threads."""
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -44,7 +44,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _without_intervals(figures: dict[str, Any]) -> dict[str, Any]:
-    """The same figures, and those within classes, with None for each interval."""
+    """Replace every interval by None, also in the metrics within classes."""
     return {
         name: None if name == "interval" else _without_intervals(value) if isinstance(value, dict) else value
         for name, value in figures.items()
@@ -53,25 +53,25 @@ def _without_intervals(figures: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Row:
-    """A set of images with its features and, once it is measured, its distances to the images of training."""
+    """Holds a set of images, its features and, once it is measured, its distances to the training images."""
 
     name: str
     images: Images
     features: FeatureSet
-    distances: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # of each row of features
-    neighbours: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # rows of those of training
+    distances: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))  # one per row of features
+    neighbours: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # rows of training
 
 
-def _as_written(file: Path, hashed: Path) -> bool:
-    """Whether a file is there with the SHA-256 that stands in `hashed`."""
-    text = checked(read(hashed)) if file.exists() and hashed.exists() else None
+def _is_intact(file: Path, hashed: Path) -> bool:
+    """Return whether `file` exists and has the SHA-256 that is recorded in `hashed`."""
+    text = strip_checksum(read(hashed)) if file.exists() and hashed.exists() else None
     return text is not None and json.loads(text)["file"] == sha256_file(file)
 
 
 class Measurement:
-    """Measures sets of images against `reference`; what is needed of this is computed once.
+    """Measures sets of images against `reference`, whose statistics are computed once.
 
-    Figures of a set are kept beside its features, and not computed again.
+    The metrics of a set are stored with its features and reused.
     """
 
     def __init__(self, network: FeatureNetwork, *, reference: Row, training: Row, heldout: Row | None) -> None:
@@ -79,21 +79,21 @@ class Measurement:
         self.device = network.device
 
     def figures(self, row: Row) -> dict[str, Any]:
-        """What stands in a receipt of the images of `row`: each figure's name has that of the network in it."""
+        """Return the metrics of `row` as they are stored in a receipt; their names contain the name of the network."""
         file = self._file("figures", row, self.reference, self.training).with_suffix(".json")
-        text = checked(read(file)) if file.exists() else None
+        text = strip_checksum(read(file)) if file.exists() else None
         if text is None:
             publish_checked(file, _rounded(self._compute(row)))
-            text = checked(read(file))
+            text = strip_checksum(read(file))
             assert text
         figures: dict[str, Any] = json.loads(text)
         if row is not self.training:
             figures["memorisation"] = _rounded(self._memorisation(row))
         few_copies = figures["copies"] <= _COPIES * figures["images"]
-        return figures if few_copies else _without_intervals(figures)  # which take images as independent
+        return figures if few_copies else _without_intervals(figures)  # they assume independent images
 
     def _file(self, kind: str, row: Row, *others: Row) -> Path:
-        """Where something of a row is kept that depends on others, without a suffix."""
+        """Return the path, without suffix, of a stored result of `row` that depends on `others`."""
         folders = [other.features.folder.name for other in others]
         identity = repr((VERSION, self.device.type, torch.__version__, folders))
         return row.features.folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
@@ -128,7 +128,7 @@ class Measurement:
         }
 
     def _by_class(self, row: Row, accuracy: dict[int, Estimate]) -> dict[str, Any]:
-        """The figures within each class, by its label."""
+        """Compute the metrics within each class, by label."""
         sets = row.features, self.reference.features, self.device
         kernel, distances = class_kernel_distances(*sets), class_frechet_distances(*sets)
         labels, counts = np.unique(row.features.labels, return_counts=True)
@@ -143,28 +143,28 @@ class Measurement:
         }
 
     def _memorisation(self, row: Row) -> dict[str, Any]:
-        """How close the images are to those of training and, where there are held-out ones, how close these are."""
+        """Measure how close the images are to training images and, if possible, compare with held-out images."""
         self._find_nearest(row)
-        said: dict[str, Any] = {
+        result: dict[str, Any] = {
             "median_distance": float(np.median(row.distances)),
             "copies": int((row.distances == 0).sum()),
         }
         if not self.heldout:
-            return said
+            return result
         self._find_nearest(self.heldout)
         found = closer_than_heldout(row.distances, self.heldout.distances)
-        said["closer"] = asdict(found.closer)
+        result["closer"] = asdict(found.closer)
         if len(self.heldout.distances) >= _HUNDREDTH:
-            said["very_close"] = asdict(found.very_close)
-        return said
+            result["very_close"] = asdict(found.very_close)
+        return result
 
     def _find_nearest(self, row: Row) -> None:
-        """Fill in distances and neighbours, which are kept, too."""
+        """Fill in distances and neighbours of `row`, and store them on disk."""
         if len(row.distances):
             return
         file = self._file("nearest", row, self.training).with_suffix(".safetensors")
         hashed = file.with_suffix(".json")
-        if not _as_written(file, hashed):
+        if not _is_intact(file, hashed):
             distances, neighbours = nearest(row.features, self.training.features, self.device)
             publish(file, safetensors.numpy.save({"distances": distances, "neighbours": neighbours}))
             publish_checked(hashed, {"file": sha256_file(file)})
@@ -181,6 +181,6 @@ class Measurement:
 
     @cached_property
     def _probe(self) -> Probe | None:
-        """Fitted to the images of training; None where there are no two classes to tell apart."""
+        """Fit a linear probe to the training images; None if there are fewer than two classes."""
         labels = self.training.features.labels
         return fit_probe(self.training.features, self.device) if len(np.unique(labels[labels >= 0])) > 1 else None

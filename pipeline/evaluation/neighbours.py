@@ -1,4 +1,4 @@
-"""Figures by nearest neighbours in feature space: precision, recall, density, coverage, memorisation."""
+"""Metrics by nearest neighbours in feature space: precision, recall, density, coverage, memorisation."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from pipeline.evaluation.figures import (
     share,
 )
 
-_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5  # as their authors chose
-_ROUNDING = 1e-12  # of a squared distance, relative to the squared lengths of the vectors
-_CLOSE = 0.01  # the share of held-out images that count as very close
+_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5  # k of the original papers
+_ROUNDING = 1e-12  # bound on the rounding error of a squared distance, relative to the squared lengths of the vectors
+_CLOSE = 0.01  # fraction of held-out images that defines "very close"
 
 
 @dataclass(frozen=True)
 class NeighbourFigures:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, k = 3), density and coverage (Naeem et al. 2020, k = 5).
+    """Holds precision and recall (Kynkäänniemi et al. 2019, k = 3), density and coverage (Naeem et al. 2020, k = 5).
 
-    Around each image lies a ball that reaches to its k-th nearest neighbour of the same set. Precision: the share of
-    images in some ball of the reference; recall: the share of the reference in some ball of the images; density: how
-    many balls of the reference an image is in, on average, over k; coverage: the share of the reference's balls with an
-    image in them. The surface is part of a ball, so a set has precision and recall 1 to itself (and density 1 + 1/k).
+    Each image has a ball whose radius is the distance to its k-th nearest neighbour in the same set. Precision: the
+    fraction of images in any ball of the reference; recall: the fraction of the reference in any ball of the images;
+    density: the mean number of reference balls that contain an image, divided by k; coverage: the fraction of reference
+    balls that contain an image. A ball includes its surface, so a set has precision and recall 1 to itself (and density
+    1 + 1/k).
 
-    Of `rows` rows of each set: all four change with that number. The intervals take rows as independent and the balls
-    as given, and so are approximate.
+    `rows` rows of each set are used: all four values depend on this number. The intervals assume independent rows and
+    fixed balls, so they are approximate.
     """
 
     rows: int
@@ -49,9 +50,9 @@ class NeighbourFigures:
 
 
 def neighbour_figures(features: Features, reference: Features, device: torch.device) -> NeighbourFigures:
-    """Of the first rows of both sets: as many as the smaller one has, at most LIMIT.
+    """Compute these metrics from the first rows of both sets: as many as the smaller set has, at most LIMIT.
 
-    In a set with no more than k rows the farthest one takes the place of the k-th nearest.
+    In a set with k rows or fewer, the farthest row is used as the k-th nearest.
     """
     check(features, reference)
     rows = min(len(features), len(reference), LIMIT)
@@ -77,7 +78,7 @@ def neighbour_figures(features: Features, reference: Features, device: torch.dev
 
 
 def _squared_radii(features: Features, rows: int, device: torch.device) -> Tensor:
-    """The squared distances of each row to its 3rd and to its 5th nearest neighbour: `2 N`."""
+    """Return the squared distances of each row to its 3rd and its 5th nearest neighbour: `2 N`."""
     most = min(_DENSITY_NEIGHBOURS, rows - 1)
     radii = []
     for i, x in enumerate(blocks(features, device, rows)):
@@ -93,9 +94,9 @@ def _squared_radii(features: Features, rows: int, device: torch.device) -> Tenso
 
 
 def _squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
-    """`n D` and `m D` -> `n m`, from lengths and products, less `slack` of the squared lengths.
+    """Return squared distances `n m` of rows `n D` and `m D`, minus `slack` times the squared lengths.
 
-    A slack above the rounding keeps on a ball's surface what is on it, and equal rows together.
+    A slack above the rounding error makes sure that points on the surface of a ball count as inside, also equal rows.
     """
     lengths = x.square().sum(1)[:, None] + y.square().sum(1)
     return torch.addmm(lengths, x, y.T, beta=1 - slack, alpha=-2)
@@ -104,9 +105,9 @@ def _squared_distances(x: Tensor, y: Tensor, slack: float = 0.0) -> Tensor:
 def nearest(
     features: Features, reference: Features, device: torch.device
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The Euclidean distance of each row to the nearest of all rows of the reference, and that row: `N` and `N`.
+    """Return the Euclidean distance of each row to the nearest row of the reference, and that row: `N` and `N`.
 
-    An exact copy is at exactly 0; of several at the same distance, the first counts.
+    An exact copy has distance exactly 0; among rows at the same distance, the first one counts.
     """
     check(features, reference)
     distances, rows = [], []
@@ -124,8 +125,10 @@ def nearest(
 
 
 def _nearest_in_block(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared distance of each row of `x` to the nearest of `y`, and its index: the candidates are found by
-    products, which round, and then measured by differences, which do not."""
+    """Return the squared distance of each row of `x` to the nearest of `y`, and its index.
+
+    Candidates are found with matrix products, which have rounding errors, and then measured by differences.
+    """
     squared = _squared_distances(x, y)
     rounding = _ROUNDING * (x.square().sum(1) + y.square().sum(1).max())
     candidates = squared <= (squared.amin(1) + rounding)[:, None]
@@ -138,12 +141,12 @@ def _nearest_in_block(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How close images lie to the training images, beside held-out ones that the model cannot have learnt by heart.
+    """Holds how close images are to the training images, compared with held-out images, which cannot be memorised.
 
-    `closer`: the share of pairs of an image and a held-out one in which the image lies closer to its nearest training
-    image (Mann and Whitney's statistic; Meehan et al. 2020), a tie counts half: 0.5 where both are alike, more where
-    images are copied; its interval holds the spread of both sets. `very_close`: the share of images closer than the
-    nearest 1 % of the held-out ones: about 0.01 where both are alike. `copies`: images at distance 0.
+    `closer`: the fraction of pairs (image, held-out image) in which the image is closer to its nearest training image,
+    where a tie counts half (Mann-Whitney statistic; Meehan et al. 2020): 0.5 if both sets are alike, more if images are
+    copied; its interval includes the variation of both sets. `very_close`: the fraction of images closer than the
+    nearest 1 % of the held-out images: about 0.01 if both sets are alike. `copies`: number of images at distance 0.
     """
 
     closer: Estimate
@@ -152,14 +155,14 @@ class Memorisation:
 
 
 def closer_than_heldout(distances: NDArray[np.float64], heldout: NDArray[np.float64]) -> Memorisation:
-    """From the distances of images (`N`) and of held-out images (`M`) to the nearest training image, by `nearest`."""
+    """Compare the distances (by `nearest`) to training of images (`N`) with those of held-out images (`M`)."""
     if min(len(distances), len(heldout)) < 2:
         raise ValueError(
             f"distances of {len(distances)} images and {len(heldout)} held out: at least two of each are needed"
         )
     farther, closer = 1 - _ranks(distances, heldout), _ranks(heldout, distances)
     value = float(farther.mean())
-    # DeLong et al. 1988: the spread over images and that over held-out images
+    # DeLong et al. 1988: variance over images plus variance over held-out images
     margin = NORMAL * math.sqrt(farther.var(ddof=1) / len(distances) + closer.var(ddof=1) / len(heldout))
     threshold = np.sort(heldout)[max(round(_CLOSE * (len(heldout) + 1)), 1) - 1]
     return Memorisation(
@@ -170,7 +173,7 @@ def closer_than_heldout(distances: NDArray[np.float64], heldout: NDArray[np.floa
 
 
 def _ranks(values: NDArray[np.float64], among: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each value: the share of `among` below it, ties counting half."""
+    """Return for each value the fraction of `among` below it, where ties count half."""
     among = np.sort(among)
     below = np.searchsorted(among, values, "left") + np.searchsorted(among, values, "right")
     return below / (2 * len(among))

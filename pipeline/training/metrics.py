@@ -1,4 +1,4 @@
-"""What a run says of itself: sums kept on the device, lines in log.jsonl, one status line for people."""
+"""Record the metrics of a run: sums on the device, lines in log.jsonl, and a status line in the terminal."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipeline.noise import LEVELS, noise_level
 from pipeline.training.state import WindowState
 
 LOG = "log.jsonl"
-_SHARED = 0.8  # of the cores that a run has threads for: with less, it competes with other work
-_KEYS = (  # of a line of steps, of one of held-out images, and of one with a score
+_SHARED = 0.8  # a run that gets a smaller share of its cores competes with other work
+_KEYS = (  # of a training line, of a line with the held-out loss, and of one with a score
     {
         "step", "images_seen", "loss", "gradient_norm", "lr", "loss_by_noise", "images_per_second",
         "teraflops_per_second", "data_wait", "memory_gb",
@@ -34,9 +34,9 @@ _KEYS = (  # of a line of steps, of one of held-out images, and of one with a sc
 
 
 class Window:
-    """Sums of what the steps since the last log line reported, kept on the device: no step waits for them.
+    """Sums the values of the steps since the last log line on the device, so that no step waits for them.
 
-    They are part of a checkpoint, so that a line of the log does not depend on where a run was interrupted.
+    The sums are part of a checkpoint, so that a line of the log does not depend on where a run was interrupted.
     """
 
     def __init__(self, accelerator: Accelerator, flops_per_image: int) -> None:
@@ -46,32 +46,32 @@ class Window:
         self.restart_clock()
 
     def add(self, loss: Tensor, norm: Tensor, errors: Tensor, times: Tensor) -> None:
-        """The loss and gradient norm of a step, and the errors `B` of its images at their timesteps `B`."""
+        """Add the loss and gradient norm of a step, and the errors `B` of its images at their timesteps `B`."""
         level = noise_level(times)
-        levels = (level[:, None] == torch.arange(LEVELS, device=times.device)).float()  # F.one_hot would wait
+        levels = (level[:, None] == torch.arange(LEVELS, device=times.device)).float()  # F.one_hot would synchronise
         self._sums += torch.cat([torch.stack([loss, norm]), errors @ levels, levels.sum(dim=0)])
         self._steps += 1
         self._timed += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block in which the host waits for data."""
+        """Time a block in which the host waits for data."""
         started = time.monotonic()
         yield
         self._waited += time.monotonic() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block that does not count in images/s: checkpoints and previews."""
+        """Leave a block out of images/s, such as a checkpoint or a preview."""
         if self._accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # the steps that it is still at do count
+            torch.cuda.synchronize()  # steps that are still running do count
         started, cpu = time.monotonic(), time.process_time()
         yield
         self._started += time.monotonic() - started
         self._cpu += time.process_time() - cpu
 
     def close(self, *, step: int, batch_size: int, lr: float) -> dict[str, Any]:
-        """The log line of the window that ends after `step`; it starts anew. All processes call it."""
+        """Return the log line of the window that ends after `step`, and start a new one. All processes must call it."""
         sums = self._accelerator.reduce(self._sums, "sum").tolist()
         seconds, steps = time.monotonic() - self._started, self._steps * self._accelerator.num_processes
         pairs = zip(sums[2 : 2 + LEVELS], sums[2 + LEVELS :], strict=True)
@@ -93,7 +93,7 @@ class Window:
 
     @property
     def steps(self) -> int:
-        """Since the last log line."""
+        """Return the number of steps since the last log line."""
         return self._steps
 
     def restart_clock(self) -> None:
@@ -101,21 +101,21 @@ class Window:
         self._cpu = time.process_time()
 
     def state(self) -> WindowState:
-        """For a checkpoint: the sums of every process, as JSON keeps them exactly. All processes call it."""
+        """Return the sums of every process for a checkpoint; JSON stores them exactly. All processes must call it."""
         return WindowState(steps=self._steps, sums=self._accelerator.gather(self._sums[None]).tolist())
 
     def load(self, state: WindowState) -> None:
-        """Go on from `state`; processes of another number share the sums of all."""
+        """Restore the sums from `state`; if the number of processes has changed, split them equally."""
         sums = torch.tensor(state.sums, device=self._accelerator.device)
         processes, rank = self._accelerator.num_processes, self._accelerator.process_index
         if len(sums) == processes:
             self._sums = sums[rank].clone()
-        else:  # equal shares of the totals; the first two are means already
+        else:  # loss and gradient norm are means over a process's images, the others totals
             self._sums = torch.cat([sums[:, :2].mean(dim=0), sums[:, 2:].sum(dim=0) / processes])
         self._steps = state.steps
 
     def _speed(self, images_per_second: float, cores: float) -> dict[str, float]:
-        """`cores` are those that the process had, on average."""
+        """Return images/s, TFLOP/s and the share of the GPU's peak or, from the `cores` in use, of the CPU cores."""
         rate = images_per_second * self.flops
         values = {"images_per_second": round(images_per_second, 1), "teraflops_per_second": round(rate / 1e12, 4)}
         if self._accelerator.device.type == "cuda":
@@ -123,52 +123,49 @@ class Window:
             peak = peak_flops(torch.cuda.get_device_name(self._accelerator.device), half=half)
             if peak:
                 values["flop_share"] = round(rate / (peak * self._accelerator.num_processes), 4)
-        elif (
-            self._accelerator.device.type == "cpu" and self._accelerator.num_processes == 1
-        ):  # which waits for no other
+        # several processes wait for each other, which would look like other work
+        elif self._accelerator.device.type == "cpu" and self._accelerator.num_processes == 1:
             values["core_share"] = round(min(cores / torch.get_num_threads(), 1.0), 3)
         return values
 
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """A block for people to look at, such as a preview: whatever fails in it is one warning, and training goes on."""
+    """Run a block that training can do without, such as a preview: if it fails, print one warning and continue."""
     try:
         yield
-    except Exception as error:  # of matplotlib, PIL, a tracker, memory, the disk: none of it is worth a run
+    except Exception as error:  # matplotlib, PIL, a tracker, memory, the disk: none of them may end a run
         reason = printable(" ".join(str(error).split()) or "no reason given")[:200]
-        print(f"train: {what}: {type(error).__name__}: {reason}: training goes on without it", flush=True)
+        print(f"train: {what}: {type(error).__name__}: {reason}: training continues without it", flush=True)
 
 
-def begin_log(run: Path, images_seen: int, logged: int, *, again: bool) -> None:
-    """Drop the lines that a crash left after the checkpoint at `images_seen`, and one that it cut off; with `again`
-    what was measured there, too.
+def begin_log(run: Path, images_seen: int, logged: int, *, measured_again: bool) -> None:
+    """Drop the lines that a crash left after the checkpoint at `images_seen`, and a last line that it truncated.
 
-    Where another line cannot be read, the log as it was is set aside; that is printed, and where it does not reach to
-    the last line that the checkpoint knows of, at `logged` images.
+    With `measured_again`, also drop what was measured at `images_seen`. If any other line cannot be read, the old log
+    is kept under another name, which is printed. A message also tells if the line at `logged` images, the last one
+    before the checkpoint, is missing.
     """
     log = run / LOG
     text = read(log) if log.exists() else b""
-    if zeros := text.count(0):  # where a file had grown, and its bytes had not reached the disk
-        print(f"train: left out {zeros:,} NUL bytes of {log}, which a crash left there", flush=True)
+    if zeros := text.count(0):  # the file had grown, but its data had not reached the disk
+        print(f"train: removed {zeros:,} NUL bytes, left by a crash, from {log}", flush=True)
     *lines, _ = text.replace(b"\0", b"").split(b"\n")
     lines = [line for line in lines if line]
     parsed = [_parsed(line) for line in lines]
     damaged = [number for number, values in enumerate(parsed, 1) if not values]
     if damaged:
         what = f"line {damaged[0]} of {log}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-        print(
-            f"train: left out {what}, which cannot be read; the log as it was is now {set_aside(log).name}", flush=True
-        )
-    last = {True: images_seen, False: images_seen - again}  # of a line of steps, and of a line of what was measured
+        print(f"train: removed {what}, which cannot be read; the original log is now {set_aside(log).name}", flush=True)
+    last = {True: images_seen, False: images_seen - measured_again}  # of training lines, and of others
     kept = {i: v for i, v in enumerate(parsed) if v and v["images_seen"] <= last["loss" in v]}
     if logged not in (0, *(v["images_seen"] for v in kept.values() if "loss" in v)):
-        print(f"train: {log} lacks lines: that at {logged:,} images, and perhaps others before it", flush=True)
+        print(f"train: {log}: lines are missing: that at {logged:,} images, and perhaps others before it", flush=True)
     publish(log, b"".join(lines[i] + b"\n" for i in kept))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of the log; None where it is not what `log_line` and `log_measured` write."""
+    """Parse a line of the log; return None if `log_line` and `log_measured` cannot have written it."""
     try:
         values = parse_json(line)
     except ValueError:
@@ -177,13 +174,13 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def log_line(run: Path, values: dict[str, Any], images: int) -> None:
-    """Add `values` to the log and say them in one line, with the time that is left of a run of `images`."""
+    """Append `values` to the log and print a status line, with the time that is left of a run of `images`."""
     append_line(run / LOG, json.dumps(values))
     seen, core_share = values["images_seen"], values.get("core_share", 1.0)
     shared = core_share < _SHARED and values["data_wait"] < 1 - _SHARED
-    left = max(images - seen, 0) / max(values["images_per_second"], 0.1)  # as slow as the log can say
+    left = max(images - seen, 0) / max(values["images_per_second"], 0.1)  # the smallest rate that the log records
     print(
-        f"{_place(seen, images)}   loss {values['loss']:.4f}"
+        f"{_progress(seen, images)}   loss {values['loss']:.4f}"
         f"   gradient {values['gradient_norm']:.3f}   lr {values['lr']:.1e}"
         f"   {values['images_per_second']:,.1f} images/s"
         + (f", {values['flop_share']:.0%} of the GPU's peak" if "flop_share" in values else "")
@@ -195,29 +192,29 @@ def log_line(run: Path, values: dict[str, Any], images: int) -> None:
 
 
 def log_measured(run: Path, values: dict[str, Any], images: int) -> None:
-    """Add what the averaged weights do to the log, the loss on held-out images or a score, and say it in one line."""
+    """Append the held-out loss or the score of the averaged weights to the log, and print it in one line."""
     append_line(run / LOG, json.dumps(values))
-    said = f"   held-out loss {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
+    text = f"   held-out loss {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
     if name := score_of(values):
         low, high = (1000 * end for end in values["score_interval"])
-        said += f"   {name} x1000 {1000 * values[name]:.1f} ±{(high - low) / 2:.1f}"
-    print(_place(values["images_seen"], images) + said, flush=True)
+        text += f"   {name} x1000 {1000 * values[name]:.1f} ±{(high - low) / 2:.1f}"
+    print(_progress(values["images_seen"], images) + text, flush=True)
 
 
 def score_of(values: dict[str, Any]) -> str | None:
-    """The name of the score in a line of the log, such as KD-EffNetLite0; None where it has none."""
+    """Return the name of the score in a line of the log, such as KD-EffNetLite0; None if it has none."""
     return next((name for name in values if name.startswith("KD-")), None)
 
 
-def _place(seen: int, images: int) -> str:
+def _progress(seen: int, images: int) -> str:
     return f"train: {seen:>{len(f'{images:,}')},} of {images:,} images"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's memory, or of the process where the device is the CPU."""
+    """Return the peak memory in bytes: of the GPU or, if the device is the CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # whose ru_maxrss begins with the peak of the process that started this one
+    if sys.platform == "linux":  # where ru_maxrss starts at the peak of the parent process
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

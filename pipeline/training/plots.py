@@ -1,4 +1,4 @@
-"""curves.png: what the log of a run says, as curves."""
+"""Plot the log of a run: curves.png."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw_curves(run: Path) -> None:
     seen = [line["images_seen"] for line in lines]
     figure = Figure(figsize=(12, 7))
     margins = {"left": 0.05, "right": 0.91, "bottom": 0.07, "top": 0.91, "wspace": 0.14, "hspace": 0.3}
-    axes = figure.subplots(2, 2, gridspec_kw=margins)  # a layout found by matplotlib takes as long as the drawing
+    axes = figure.subplots(2, 2, gridspec_kw=margins)  # matplotlib's automatic layout takes as long as the drawing
     _draw_losses(axes[0][0], axes[0][1], lines, heldout)
     if scores:
         _draw_scores(axes[0][0].twinx(), scores)
@@ -45,7 +45,7 @@ def draw_curves(run: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("images seen", fontsize=8)
         axis.grid(alpha=0.3)
-    positive = min(line["loss"] for line in lines) > 0  # the learned weighting's loss falls below zero
+    positive = min(line["loss"] for line in lines) > 0  # the loss of the learned weighting can be negative
     for axis in (*axes[0], axes[1][0])[not positive :]:
         axis.set_yscale("log")
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
@@ -54,13 +54,13 @@ def draw_curves(run: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     image = Image.open(buffer).convert("RGB")
-    (name,) = draw_texts([run.resolve().name], size=16, width=image.width - 40)  # to matplotlib, $ is mathematics
+    (name,) = draw_texts([run.resolve().name], size=16, width=image.width - 40)  # matplotlib reads $ as mathematics
     image.paste(name, ((image.width - name.width) // 2, 6))
     save_png(image, run / CURVES)
 
 
 def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
-    """On two axes the loss, and that of each noise level: of training drawn through, of held-out images dashed."""
+    """Plot the loss, and on a second axis that at each noise level: solid for training, dashed for held-out images."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
@@ -68,7 +68,7 @@ def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout:
     seen, measured = ([line["images_seen"] for line in each] for each in (lines, heldout))
     loss.plot(seen, [line["loss"] for line in lines], lw=1, label="training")
     for level in range(LEVELS):
-        values = [line["loss_by_noise"][level] for line in lines]  # None where no image fell into it: a gap
+        values = [line["loss_by_noise"][level] for line in lines]  # None, if no image had it, leaves a gap
         label = f"{STEPS * level // LEVELS} to {STEPS * (level + 1) // LEVELS}"
         color = colormaps["viridis"](level / LEVELS)
         by_noise.plot(seen, [float("nan") if v is None else v for v in values], color=color, lw=1, label=label)
@@ -80,17 +80,17 @@ def _draw_losses(loss: Any, by_noise: Any, lines: list[dict[str, Any]], heldout:
     loss.plot(measured, [line["heldout_loss"] for line in heldout], **dashed, label=label)
     loss.legend(fontsize=8, loc="upper right")
     by_noise.add_artist(levels)  # a second legend would replace it
-    for line in by_noise.lines[::2]:  # of training
+    for line in by_noise.lines[::2]:  # the training curves
         line.set_alpha(0.5)
     styles = [Line2D([], [], color="grey", lw=1, label="training"), Line2D([], [], color="grey", **dashed, label=label)]
     by_noise.legend(handles=styles, fontsize=8, loc="upper right")
 
 
 def _draw_scores(axis: Any, lines: list[dict[str, Any]]) -> None:
-    """Quick scores with their intervals, on an axis of their own."""
+    """Plot quick scores with their intervals, on a separate axis."""
     name = score_of(lines[-1])
     assert name
-    lines = [line for line in lines if name in line]  # figures of two networks are never mixed
+    lines = [line for line in lines if name in line]  # never mix the scores of two networks
     values = [1000 * line[name] for line in lines]
     margins = [500 * (line["score_interval"][1] - line["score_interval"][0]) for line in lines]
     axis.errorbar(

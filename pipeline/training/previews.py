@@ -1,4 +1,4 @@
-"""Pictures of what a model has learnt so far: samples at a time, and a strip of all times."""
+"""Draw the previews of a run: a sheet of samples for each preview, and a strip of all previews."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
 from pipeline.pictures import contact_sheet, save_png, strip
 from pipeline.sampling import draw_samples
-from pipeline.training.checkpoint import full
+from pipeline.training.checkpoint import gather_full
 from pipeline.training.metrics import optional
 from pipeline.training.setup import build_model, open_heldout
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae, to_images
 
 PER_CLASS = 4
-PREVIEWED = 10  # classes of a preview: the first ones with images
+PREVIEWED = 10  # classes in a preview: the first ones that have images
 STRIP = "previews.png"
 _STRIP_ROWS = 12
-_ROWS = "rows"  # folder of one image a class of every preview, side by side, which the strip is made of
+_ROWS = "rows"  # folder with one row of images, one per class, of every preview: the strip is made of them
 
 
 def preview_file(run: Path, images_seen: int) -> Path:
-    """The picture of samples of that time."""
+    """Return the path of the preview at `images_seen`."""
     return run / "previews" / f"{images_seen:09d}.png"
 
 
-def gathered(average: Average, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The weights of `average`, whole, in the main process; in others nothing, but all of them must ask."""
+def gather_weights(average: Average, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Gather the weights of `average` in the main process; others must call it, too, and get an empty dict."""
     weights = {}
     for name, value in average.tensors.items():
-        whole = full(value)
+        whole = gather_full(value)
         if accelerator.is_main_process:
             weights[name] = whole
     return weights
 
 
 class Previews:
-    """What averaged weights can do so far: samples, the held-out loss, a quick score. Of the main process alone."""
+    """Evaluates averaged weights by samples, held-out loss and quick score; only the main process has one."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Previews:
         noise: NoiseProcess,
         device: torch.device,
     ) -> None:
-        """`class_counts` are the images of each class; `without_class` is the share of images trained without theirs.
+        """Take the images of each class, `class_counts`, and the share of images trained `without_class`.
 
-        ValueError where the VAE of `config` is not that of the latents.
+        ValueError if the VAE of `config` is not the one that encoded the latents.
         """
         self._config, self._run, self._manifest, self._noise = config, run, manifest, noise
         self._vae = FrozenVae(config.vae.source, device)
@@ -75,19 +75,19 @@ class Previews:
         if line:
             print(f"train: previews: {line}")
         self._settings = config.sample.model_copy(update={"guidance": guidance})
-        trained = np.flatnonzero(class_counts)  # of others nothing is learnt
+        trained = np.flatnonzero(class_counts)  # the model learns nothing of other classes
         self._shown = trained[:PREVIEWED]
         self._heldout = open_heldout(config, manifest, noise)
         self._score = None
         if config.train.eval_every:
-            from pipeline.training.quick_score import QuickScore  # which nobody else has to wait for
+            from pipeline.training.quick_score import QuickScore  # slow to import, so only when needed
 
             self._score = QuickScore(config, trained, device)
 
     def measure(
         self, weights: dict[str, Tensor], normalization: Normalization, *, heldout: bool, score: bool
     ) -> dict[str, Any]:
-        """For the log: the loss on held-out images and a quick score, where they are wanted and the run has them."""
+        """Return the held-out loss and a quick score for the log, if they are requested and the run has them."""
         measured: dict[str, Any] = {}
         with optional("held-out loss and score"):
             model = self._model(weights)
@@ -98,7 +98,7 @@ class Previews:
         return measured
 
     def publish(self, weights: dict[str, Tensor], normalization: Normalization, images_seen: int) -> None:
-        """Publish a sheet of samples, and the strip of all times with it."""
+        """Publish a sheet of samples, and update the strip of all previews."""
         with optional("preview"):
             labels = np.tile(self._shown, PER_CLASS)
             images = self._draw(self._model(weights), normalization, labels)
@@ -112,15 +112,15 @@ class Previews:
             draw_strip(self._run)
 
     def _model(self, weights: dict[str, Tensor]) -> LatentUNet:
-        with torch.device("meta"):  # no weights are drawn that would be replaced at once
+        with torch.device("meta"):  # do not initialise weights that are replaced at once
             model = build_model(self._config, self._manifest)
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def _draw(self, model: LatentUNet, normalization: Normalization, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Samples of the classes `labels` `N` at fixed seeds: uint8 `N H W 3`, of which `PREVIEWED` are decoded at a
-        time, since a larger VAE has no room for all."""
+        """Draw samples of the classes `labels` `N` with fixed seeds: uint8 `N H W 3`. They are decoded `PREVIEWED` at a
+        time, because a large VAE has no memory for all."""
         images: list[Tensor] = []
         for start in range(0, len(labels), self._settings.batch_size):
             part = labels[start : start + self._settings.batch_size]
@@ -139,7 +139,7 @@ class Previews:
 
 
 def draw_strip(run: Path) -> None:
-    """Publish previews.png: one image a class of every preview of a run or, of many, of some at equal distances."""
+    """Publish previews.png: one image per class of every preview of a run, or of evenly spaced ones if it has many."""
     files = sorted(file for file in (run / "previews" / _ROWS).glob("*.png") if file.stem.isdecimal())
     last = len(files) - 1
     shown = min(len(files), _STRIP_ROWS)
@@ -147,8 +147,8 @@ def draw_strip(run: Path) -> None:
     for file in (files[round(i * last / max(shown - 1, 1))] for i in range(shown)):
         try:
             rows.append(Image.open(file).convert("RGB"))
-        except (OSError, SyntaxError) as error:  # of a picture that is damaged, for which no run has to end
-            print(f"train: passed over {file}: {error}", flush=True)
+        except (OSError, SyntaxError) as error:  # a damaged picture must not end a run
+            print(f"train: skipped {file}: {error}", flush=True)
         else:
             captions.append(f"{int(file.stem):,}")
     if rows:

@@ -1,4 +1,4 @@
-"""A score of a few samples while a model is trained, on request: the kernel distance, to see a run's trend."""
+"""Measure an optional quick score during training: the kernel distance of a few samples, to see a run's trend."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _REFERENCE = 2000  # images that they are compared with
 
 
 class QuickScore:
-    """A kernel distance of some samples, to see a run's trend; `latentmill evaluate` makes figures for tables."""
+    """Measures the kernel distance of a few samples; for figures in tables, use `latentmill evaluate`."""
 
     def __init__(self, config: Config, classes: NDArray[np.int64], device: torch.device) -> None:
-        """Samples of `classes` in turn against some held-out images or, where there are none, images of training."""
+        """Compare samples of `classes` in turn with some held-out images or, if there are none, training images."""
         self._network = open_network(config.evaluate.network, config.evaluate.weights, device)
         source = cached_sources(config)[-1]
         chosen = np.unique(np.linspace(0, len(source.keys) - 1, _REFERENCE).astype(np.int64))
@@ -37,14 +37,14 @@ class QuickScore:
             workers=process_count(config.cache.workers),
             name="quick score",
         )
-        against = f"{len(self._reference):,} images, of {source.name}"
-        print(f"train: a quick score of {SCORED} samples against {against}", flush=True)
+        against = f"{len(self._reference):,} images of {source.name}"
+        print(f"train: quick score: {SCORED} samples against {against}", flush=True)
         self._similarity = mean_similarity(self._reference, device)
         self.labels = np.resize(classes, SCORED)
 
     def measure(self, images: NDArray[np.uint8]) -> dict[str, Any]:
-        """For the log: the distance of samples of `labels`, uint8 `SCORED S S 3`, and its interval."""
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # classes take turns in theirs
+        """Return, for the log, the kernel distance of samples of `labels`, uint8 `SCORED S S 3`, and its interval."""
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # their classes alternate
         features = InMemory(self._network.features(torch.from_numpy(images)[order]).numpy())
         distance = kernel_distance(features, self._reference, self._similarity, self._network.device)
         return {
@@ -56,7 +56,7 @@ class QuickScore:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A few feature vectors, `vectors` float32 `N D` (see `pipeline.evaluation.figures.Features`)."""
+    """Holds a few feature vectors in memory, `vectors` float32 `N D` (see `pipeline.evaluation.figures.Features`)."""
 
     vectors: NDArray[np.float32]
 

@@ -1,4 +1,4 @@
-"""What a run begins with: model, batches, and its newest checkpoint, another run's averaged weights, or nothing."""
+"""Build what a run starts with: model, normalisation, averages, batches and held-out images."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pipeline.training.checkpoint import EMA, Checkpoint
 from pipeline.training.heldout_loss import DRAWS, HeldOut, drawn_images
 from pipeline.unet import LatentUNet
 
-_MIN_STEPS = 1000  # that train.batch_size=auto leaves a run
+_MIN_STEPS = 1000  # of a run with train.batch_size=auto
 
 
 def build_model(config: Config, manifest: Manifest) -> LatentUNet:
-    """The model of `config` for the latents of a cache, with weights that are a function of train.seed."""
+    """Build the model of `config` for the latents of a cache; its weights are a function of train.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(coordinate_seed("model", config.train.seed))
         model: LatentUNet = LatentUNet(
@@ -43,11 +43,11 @@ def build_model(config: Config, manifest: Manifest) -> LatentUNet:
 
 
 def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> Normalization:
-    """How this run's latents are brought to about zero mean and unit variance; a run that was fine-tuned keeps to what
-    it began with, which is in its `checkpoint`.
+    """Return how this run's latents are normalised to about zero mean and unit variance.
 
-    By the VAE: (x - shift) * scaling or, where its config has both per channel, (x - mean) * scaling / std, as in
-    diffusers 0.42's StableDiffusionXLImg2ImgPipeline.prepare_latents.
+    A fine-tuned run keeps the normalisation that it started with, which is in its `checkpoint`. With the VAE's numbers:
+    (x - shift) * scaling or, if its config has mean and std per channel, (x - mean) * scaling / std, as in diffusers
+    0.42's StableDiffusionXLImg2ImgPipeline.prepare_latents.
     """
     if config.train.init and checkpoint:
         return checkpoint.normalization
@@ -60,12 +60,12 @@ def normalization_of(config: Config, manifest: Manifest, checkpoint: Checkpoint 
 
 
 def ema_widths(config: Config) -> tuple[float, ...]:
-    """The widths of the power-function averages; none where the average is exponential."""
+    """Return the widths of the power-function averages; none if the average is exponential."""
     return config.train.ema_widths if config.train.ema == "power" else ()
 
 
 def make_averages(model: LatentUNet, config: Config) -> dict[str, Average]:
-    """The averages of the weights that a run keeps, by the folder that a checkpoint has of each."""
+    """Create the averages of the weights that a run keeps, by the name of their folder in a checkpoint."""
     gammas = [gamma_of(width) for width in ema_widths(config)]
     weights = [partial(power_weight, gamma=gamma) for gamma in gammas] or [
         partial(halflife_weight, halflife=config.train.ema_halflife)
@@ -76,15 +76,17 @@ def make_averages(model: LatentUNet, config: Config) -> dict[str, Average]:
 def with_batch_size(
     config: Config, manifest: Manifest, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> Config:
-    """`config` with a number for train.batch_size=auto: the checkpoint's, or one that is doubled as long as every
-    process has room in half of its free memory, beside the latents, and the run keeps 1000 steps."""
+    """Return `config` with a number for train.batch_size=auto.
+
+    That is the checkpoint's batch size, or one that is doubled as long as the run has 1000 steps and every process fits
+    its share into half of the free memory that the latents leave."""
     train = config.train
     if train.batch_size != "auto":
         return config
     if checkpoint:
         return _with_train(config, batch_size=checkpoint.state.train["batch_size"])
     free, latents = _free_memory(accelerator), manifest.committed * manifest.row_bytes
-    if train.access in ("auto", "resident") and latents <= free // 2:  # the loader will hold them there
+    if train.access in ("auto", "resident") and latents <= free // 2:  # the loader will hold them in memory
         free -= latents
     free //= 2
     with torch.device("meta"):
@@ -95,7 +97,7 @@ def with_batch_size(
     rows = int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).min())
     if not rows:
         raise ValueError(f"train.batch_size: not one image fits into {free / 1e9:.1f} GB: use a smaller model")
-    step = accelerator.num_processes * train.accumulate  # images of a batch at one row for each process and part
+    step = accelerator.num_processes * train.accumulate  # images of a batch at one image per process and micro-batch
     limit = max(train.images // _MIN_STEPS, step)
     size = step
     while size * 2 <= limit and size * 2 <= rows * step:
@@ -109,17 +111,17 @@ def with_batch_size(
 def open_loader(
     config: Config, cache: LatentCache, accelerator: Accelerator, checkpoint: Checkpoint | None
 ) -> LatentLoader:
-    """This process's share of the batches of a run, which goes on in the order of its `checkpoint`, if it has one;
-    config.train.batch_size is a number.
+    """Open this process's share of the batches of a run, in the order of its `checkpoint`, if it has one.
 
-    ValueError where the batch cannot be dealt out evenly, or where some processes hold the cache and others stream it.
+    config.train.batch_size must be a number. ValueError if the batch cannot be split evenly, or if some processes hold
+    the cache in memory and others stream it.
     """
     train = config.train
     assert train.batch_size != "auto"
     share = accelerator.num_processes * train.accumulate
     if train.batch_size % share:
         raise ValueError(
-            f"train.batch_size = {train.batch_size} is no multiple of {share}, the {accelerator.num_processes}"
+            f"train.batch_size = {train.batch_size} is not a multiple of {share}, the {accelerator.num_processes}"
             f" processes times train.accumulate = {train.accumulate}: train.batch_size="
             f"{-(-train.batch_size // share) * share} is the next one"
         )
@@ -137,18 +139,18 @@ def open_loader(
     )
     if checkpoint and (checkpoint.state.train["access"] == "streamed") != (loader.access == "streamed"):
         kind = "mapped" if loader.access == "streamed" else "streamed"
-        raise ValueError(f"train.access: this run began in another order of images: give train.access={kind}")
+        raise ValueError(f"train.access: this run started with another order of images: use train.access={kind}")
     streamed = accelerator.gather(torch.tensor([loader.access == "streamed"], device=accelerator.device))
-    if streamed.any() != streamed.all():  # two orders of images in one run
-        raise ValueError("train.access = auto: some machines have memory for the cache, some do not: use streamed")
+    if streamed.any() != streamed.all():  # the run would have two orders of images
+        raise ValueError("train.access = auto: only some machines have memory for the cache: use train.access=streamed")
     accelerator.print(f"train: {len(cache):,} images in {len(cache.manifest.classes)} classes, {loader.describe()}")
     return loader
 
 
 def open_heldout(config: Config, manifest: Manifest, noise: NoiseProcess) -> HeldOut | None:
-    """The held-out images of `config`, if it names some; `manifest` is that of the cache that is trained on.
+    """Open the held-out images of `config`, or return None if it has none; `manifest` is that of the training cache.
 
-    ValueError where they are not encoded, or not as those of training.
+    ValueError if they are not encoded, or not in the same way as the training images.
     """
     path = heldout_path(config)
     if path is None:
@@ -170,7 +172,7 @@ def open_heldout(config: Config, manifest: Manifest, noise: NoiseProcess) -> Hel
             )
     images = drawn_images(len(cache))
     moments, labels = (torch.from_numpy(each) for each in (cache.read_verified(images), cache.labels[images]))
-    print(f"train: held-out loss at {DRAWS:,} fixed draws of {len(cache):,} images, {cache.manifest.data_source}")
+    print(f"train: held-out loss on {DRAWS:,} fixed draws from {len(cache):,} images, {cache.manifest.data_source}")
     return HeldOut(moments, labels, noise=noise, channels=manifest.latent_channels, cache=cache.manifest.sha256())
 
 
@@ -179,14 +181,14 @@ def _with_train(config: Config, **changes: Any) -> Config:
 
 
 def _free_memory(accelerator: Accelerator) -> int:
-    """Bytes that this process can have: of its GPU, or its share of the machine's."""
+    """Return the free bytes for this process: of its GPU, or its share of the machine's memory."""
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
     return host_memory().available // local_processes()
 
 
 def _training_bytes(config: Config, manifest: Manifest, accelerator: Accelerator) -> int:
-    """What the model takes of a GPU, with this process's part of a batch."""
+    """Return the bytes that the model needs on a GPU, with this process's share of a batch."""
     train = config.train
     assert train.batch_size != "auto"
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: the contents of state.json, typed."""
+"""Define the contents of a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.noise import NoiseProcess
 
 
 class CacheIdentity(Record):
-    """What a run must find again in its cache: fields of the manifest, and `sha256` of all of it."""
+    """Identifies the cache of a run, which must be the same on resume: manifest fields, and the manifest's SHA-256."""
 
     rows: PositiveInt
     committed: NonNegativeInt
@@ -30,29 +30,31 @@ class CacheIdentity(Record):
 
 
 class WindowState(Record):
-    """The sums of every process since the last log line (`pipeline.training.metrics.Window`)."""
+    """Holds the sums of every process since the last log line (`pipeline.training.metrics.Window`)."""
 
     steps: NonNegativeInt
     sums: list[list[float]]
 
 
 class RunState(Record):
-    """All that a run knows besides tensors. `train` are the settings that weights depend on, `computer` what bits may
-    depend on: both are compared with those of a run that goes on, key by key."""
+    """Holds everything that a checkpoint stores besides tensors.
+
+    `train` holds the settings that the weights depend on, `computer` what their exact bits may depend on; both are
+    compared key by key when a run resumes."""
 
     step: NonNegativeInt
     images_seen: NonNegativeInt
     train: dict[str, Any]
     classes: tuple[str, ...]
     class_counts: tuple[NonNegativeInt, ...]  # images of each class
-    without_class: float  # the share of images that were trained on without their class
+    without_class: float  # share of images that were trained on without their class
     noise: NoiseProcess
     normalization: Normalization
     image_size: PositiveInt
     vae: VaeIdentity
     cache: CacheIdentity
-    widths: tuple[float, ...]  # of power-function averages; none where the average is exponential
+    widths: tuple[float, ...]  # of power-function averages; none if the average is exponential
     computer: dict[str, str | int]
-    scaler: dict[str, Any] | None  # of the loss in fp16
-    window: WindowState | None = None  # there where training can go on
+    scaler: dict[str, Any] | None  # state of fp16's loss scaler
+    window: WindowState | None = None  # only where training can resume
     sha256: dict[str, str] = Field(default_factory=dict)  # of every file of the checkpoint, by its name

@@ -1,4 +1,4 @@
-"""wandb or TensorBoard, where the config asks for it: never a prompt, and no server that a run would wait for."""
+"""Send metrics to wandb or TensorBoard if the config requests it, without prompts or waiting for a server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tracker:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen + 1)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Send the numbers of one line of log.jsonl; a list becomes one value for each of its places."""
+        """Send the numbers of one line of log.jsonl; a list becomes one value for each of its entries."""
         flat: dict[str, float] = {}
         for key, entry in values.items():
             places = {f"{key}/{i}": each for i, each in enumerate(entry)} if isinstance(entry, list) else {key: entry}
@@ -44,7 +44,7 @@ class Tracker:
                 for name, value in flat.items():
                     self._board.add_scalar(name, value, values["images_seen"])
             return
-        self._wandb = self._board = None  # what failed once is not asked again
+        self._wandb = self._board = None  # a tracker that failed once is not used again
 
     def __enter__(self) -> Tracker:
         return self
@@ -58,7 +58,7 @@ class Tracker:
 
 
 def _start_wandb(run: Path, config: Config) -> Any:
-    """A wandb run whose id is kept in the run's folder, so that a resumed run goes on as the same one."""
+    """Start a wandb run whose id is kept in the run's folder, so that a resumed run continues it."""
     import wandb
 
     options: dict[str, Any] = {
@@ -70,29 +70,28 @@ def _start_wandb(run: Path, config: Config) -> Any:
         "settings": wandb.Settings(init_timeout=WAIT, finish_timeout=WAIT),
     }
     mode: Any = os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not _has_key():  # it would ask for one
+    if mode == "online" and not _has_key():  # wandb would prompt for one
         mode = "offline"
     if mode == "online":
         try:
             return wandb.init(**options, mode="online", resume="allow")
         except wandb.errors.Error as error:  # no answer, or a key that is not accepted
-            print(f"train: wandb: {' '.join(str(error).split())}: going on offline", flush=True)
-            wandb.teardown()  # or the run's id would be taken
+            print(f"train: wandb: {' '.join(str(error).split())}: continuing offline", flush=True)
+            wandb.teardown()  # otherwise the run's id would still be in use
             mode = "offline"
     return wandb.init(**options, mode=mode)
 
 
 def wandb_id(run: Path) -> str:
-    """The id that is kept in the folder of a run; a copy of a run gets one of its own, and one that was moved keeps
-    it."""
+    """Return the wandb id that is kept in the folder of a run; a copied run gets a new one, a moved run keeps it."""
     file, here = run / _WANDB, str(run.resolve())
-    said = parse_json(read(file)) if file.exists() else {}
-    before = Path(said.get("folder", here))
+    stored = parse_json(read(file)) if file.exists() else {}
+    before = Path(stored.get("folder", here))
     copied = str(before) != here and (before / _WANDB).exists()
     if copied:
-        print(f"train: wandb: {run} is a copy of {before}: it goes on as a run of its own", flush=True)
-    kept = {"id": secrets.token_hex(4) if copied or not said else said["id"], "folder": here}
-    if kept != said:
+        print(f"train: wandb: {run} is a copy of {before}: it becomes a separate wandb run", flush=True)
+    kept = {"id": secrets.token_hex(4) if copied or not stored else stored["id"], "folder": here}
+    if kept != stored:
         publish_json(file, kept)
     return str(kept["id"])
 

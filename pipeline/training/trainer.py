@@ -1,4 +1,4 @@
-"""The training loop: one clock, images seen, drives the learning rate, the averages, checkpoints and previews."""
+"""Run the training loop; images seen drive the learning rate, the averages, checkpoints and previews."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.training.checkpoint import (
     CHECKPOINTS,
     EMA,
     Checkpoint,
-    full,
+    gather_full,
     load_training_state,
     prune_checkpoints,
     save_averages,
@@ -38,38 +38,38 @@ from pipeline.training.checkpoint import (
 from pipeline.training.distributed import Preemption, computer, describe, in_background
 from pipeline.training.metrics import Window, begin_log, log_line, log_measured, optional
 from pipeline.training.plots import draw_curves
-from pipeline.training.previews import Previews, gathered, preview_file
-from pipeline.training.resume import begin_with, changes_since, settings_of
+from pipeline.training.previews import Previews, gather_weights, preview_file
+from pipeline.training.resume import changes_since, load_init, settings_of
 from pipeline.training.run_folder import begin_run_folder
 from pipeline.training.setup import build_model, ema_widths, make_averages, normalization_of, open_loader
 from pipeline.training.state import CacheIdentity, RunState
 from pipeline.training.tracker import Tracker
 from pipeline.unet import LatentUNet
 
-_GRACE = 10  # seconds that a save on a signal waits for the hashes of the cache
+_GRACE = 10  # seconds that a save on a signal waits for the verification of the cache
 
 
 def due(before: int, images_seen: int, every: int, images: int) -> bool:
-    """Whether the step from `before` to `images_seen` passed a multiple of `every`, or ended a run of `images`; not if
-    `every` is 0."""
+    """Return whether the step from `before` to `images_seen` passed a multiple of `every` or ended a run of `images`;
+    False if `every` is 0."""
     return every > 0 and (before // every != images_seen // every or images_seen >= images)
 
 
 def preview_missing(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
-    """Whether `run` was killed when its newest checkpoint was saved, and the preview of that time was not."""
+    """Return whether `run` was killed after saving its newest checkpoint and before publishing the preview due then."""
     seen, settings = checkpoint.images_seen, config.train
     assert settings.batch_size != "auto"
     wanted = seen <= settings.images and due(seen - settings.batch_size, seen, settings.preview_every, settings.images)
     missing = accelerator.is_main_process and wanted and not preview_file(run, seen).exists()
     answer = torch.tensor(float(missing), device=accelerator.device)
-    return bool(accelerator.reduce(answer, "sum"))  # all processes look, or none
+    return bool(accelerator.reduce(answer, "sum"))  # the same answer in all processes
 
 
 class Trainer:
-    """The state of a run and its loop. One clock, images seen, drives all that happens."""
+    """Holds the state of a run and runs its training loop; everything is scheduled by images seen."""
 
     def __init__(self, config: Config, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
-        """A run of `config` in the folder `run`, as it begins or as it goes on from `checkpoint`."""
+        """Set up a run of `config` in the folder `run`, resumed from `checkpoint` or from scratch."""
         settings = config.train
         assert settings.batch_size != "auto"
         self.config, self.run, self.accelerator = config, run, accelerator
@@ -80,12 +80,12 @@ class Trainer:
         self.batch_size: int = settings.batch_size
         self.step, self.preview_missing = 0, False
 
-        # the latents, whose hashes are compared in the background
+        # the latents; the cache is verified in the background
         cache = LatentCache(config.cache.path)
         self.verification = in_background(cache.verify) if accelerator.is_local_main_process else None
         self.manifest, self.class_counts = cache.manifest, cache.class_counts()
         labelled = int(self.class_counts.sum()) / len(cache)
-        self.without_class = 1 - (1 - settings.label_dropout) * labelled  # the share of images trained so
+        self.without_class = 1 - (1 - settings.label_dropout) * labelled  # share of images trained without their class
         self.noise = NoiseProcess(**config.noise.model_dump())
         self.normalization = normalization_of(config, self.manifest, checkpoint)
         self.previews = None
@@ -109,13 +109,13 @@ class Trainer:
             f" batches of {self.batch_size} on {describe(accelerator)}"
         )
         if settings.init and not checkpoint:
-            self.normalization, line = begin_with(model, config, self.manifest)
+            self.normalization, line = load_init(model, config, self.manifest)
             accelerator.print(f"train: {line}")
         self.objective = Objective(model, self.noise, settings.weighting, settings.direction, settings.contrastive)
         layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot shard the latter
         self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
 
-        # what moves its weights, and their averages
+        # the optimizers, and the averages of the weights
         self.optimizers = make_optimizers(
             self.objective,
             kind=settings.optimizer,
@@ -141,27 +141,28 @@ class Trainer:
         return self.objective.model
 
     def run_to_the_end(self, on_step: Callable[[Trainer], None] | None = None) -> None:
-        """The training loop; `on_step` is called at the end of every step.
+        """Run the training loop until `train.images` images are seen; call `on_step` at the end of every step.
 
-        SystemExit with 128 + its number after a SIGINT, SIGTERM or SIGUSR1, once a checkpoint is saved.
+        After a SIGINT, SIGTERM or SIGUSR1, save a checkpoint and raise SystemExit with 128 + the signal's number.
         """
         settings = self.config.train
         self._begin_folder()
         self.prepared.train()
         tracker = Tracker(settings.tracker, self.run, self.config, images_seen=self.images_seen, active=self.main)
         with Preemption(self.accelerator) as preemption, tracker:
-            if self.preview_missing:  # of the checkpoint that the run goes on from
+            if self.preview_missing:  # that of the checkpoint from which the run resumes
                 with self.window.paused():
                     self._preview(tracker, preview=True, score=self._due(settings.eval_every))
             self.window.restart_clock()
             while self.images_seen < settings.images:
-                # one optimizer step, which no value is asked of
+                # one optimizer step; where `can_defer`, the host does not wait for the device
                 self._check_cache(wait=False)
                 self.train_step()
-                # a line of the log
+                # every train.log_every images: a line of the log
                 if self._due(settings.log_every):
                     self._log(tracker)
-                # a checkpoint, and after it, which is worth more, samples of the averaged weights
+                # every checkpoint_every, preview_every and eval_every images, and at the end: first the checkpoint,
+                # which is worth most; then held-out loss and samples, or a score, of the averaged weights
                 saving, previewing, scoring = map(
                     self._due, (settings.checkpoint_every, settings.preview_every, settings.eval_every)
                 )
@@ -172,24 +173,25 @@ class Trainer:
                         self._preview(tracker, preview=previewing, score=scoring)
                 if on_step:
                     on_step(self)
-                # whether some process was told to end
-                if (number := preemption.agreed()) and self.images_seen < settings.images:
-                    self._leave(number, saved=saving)
+                # if any process received a signal: save and exit
+                if (number := preemption.agreed_signal()) and self.images_seen < settings.images:
+                    self._save_and_exit(number, saved=saving)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"train: {self.images_seen:,} images seen, checkpoints and previews in {self.run}")
 
     def _begin_folder(self) -> None:
-        """Set aside or drop what an earlier attempt left in the folder of the run behind the place where it goes on."""
+        """Remove or rename what the run left in its folder after the point where it now starts or resumes."""
         if self.main:
             for kind in (CHECKPOINTS, AVERAGES):
                 sweep(self.run / kind)
-            begin_run_folder(self.run, self.config, anew=not self.step)
+            begin_run_folder(self.run, self.config, from_scratch=not self.step)
             logged = (self.step - self.window.steps) * self.batch_size
-            begin_log(self.run, self.images_seen, logged, again=self.preview_missing)
+            begin_log(self.run, self.images_seen, logged, measured_again=self.preview_missing)
 
     def can_defer(self) -> bool:
-        """Whether a step that is not finite can be left to the device: on the CPU there is nothing to be won, and
-        tensors dealt out by FSDP know nothing of it."""
+        """Return whether the device itself can skip steps that are not finite, so that the host need not wait for it.
+
+        On the CPU that gains nothing, and tensors sharded by FSDP do not support it."""
         return self.device.type == "cuda" and not self.sharded
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -205,7 +207,7 @@ class Trainer:
             accelerator.print(f"train: {line}")
 
     def train_step(self) -> None:
-        """One optimizer step: forward, backward, clip, update, average."""
+        """Run one optimizer step: forward, backward, clip, update, average."""
         settings = self.config.train
         lr = lr_at(
             self.images_seen,
@@ -227,11 +229,11 @@ class Trainer:
         self.step += 1
         for average in self.averages.values():
             average.update(images_seen=self.images_seen, batch_size=self.batch_size)
-        norm = norm.nan_to_num(nan=0.0, posinf=0.0)  # of a step that fp16's scaler skipped
+        norm = norm.nan_to_num(nan=0.0, posinf=0.0)  # not finite in a step that fp16's loss scaler skipped
         self.window.add(loss, norm, errors, torch.cat([batch.times for batch in batches]))
 
     def _backward(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of micro-batches; their mean loss, and the error of each image."""
+        """Accumulate the gradients of micro-batches; return their mean loss and the error of each image."""
         accelerator = self.accelerator
         self._seed_dropout(self.step)
         losses, errors = [], []
@@ -245,21 +247,21 @@ class Trainer:
         return torch.stack(losses).mean(), torch.cat(errors)
 
     def _bad_step(self, loss: Tensor, norm: Tensor) -> int | None:
-        """The step, if it is known, whose gradient is not finite; of fp16, whose loss is not: the scaler skips a step
-        whose gradient overflows, and lowers its scale."""
+        """Return the first step with a NaN or infinite gradient, or None if none is known yet. In fp16 the loss is
+        checked instead, because the loss scaler skips a step whose gradient overflows, and lowers its scale."""
         if self.accelerator.scaler:
             return self.guard.check(self.step, self.accelerator.reduce(loss.clone(), "mean"), [])
         return self.guard.check(self.step, norm, self.optimizers)
 
     def _clip(self, limit: float) -> Tensor:
-        """The norm of the gradient, whole if it is dealt out; the step sees it scaled down where it exceeds `limit`."""
+        """Clip the gradient to `limit`, here or in the optimizer step; return its norm before, over all shards."""
         if self.sharded:
-            return full(self.accelerator.clip_grad_norm_(list(self.prepared.parameters()), limit))
+            return gather_full(self.accelerator.clip_grad_norm_(list(self.prepared.parameters()), limit))
         self.accelerator.unscale_gradients()
         return clip_gradients(self.optimizers, limit, in_step=not self.accelerator.scaler)
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
-        """What this process trains on at `step`, in `train.accumulate` micro-batches."""
+        """Return this process's share of the batch of `step`, in `train.accumulate` micro-batches."""
         settings = self.config.train
         with self.window.waiting():
             batch = self.loader.batch(step)
@@ -279,13 +281,14 @@ class Trainer:
         return [MicroBatch(*parts) for parts in zip(*chunks, strict=True)]
 
     def _seed_dropout(self, step: int) -> None:
-        if self.config.model.dropout:  # the only draw that cannot be handed a generator
+        if self.config.model.dropout:  # the only random draw that takes no generator
             coordinates = ("dropout", self.config.train.seed, step, self.accelerator.process_index)
             torch.manual_seed(coordinate_seed(*coordinates))
 
     def _stop_at(self, step: int) -> NoReturn:
-        """FloatingPointError that names the images of `step` whose loss is not finite: no weight has changed since, and
-        all randomness is a function of the step, so it can be computed again."""
+        """Raise a FloatingPointError that names the images of `step` whose loss is not finite.
+
+        No weight has changed since, and all randomness is a function of the step, so it can be computed again."""
         self._seed_dropout(step)
         with torch.no_grad(), self.accelerator.autocast():
             errors = torch.cat([self.prepared(*batch)[1] for batch in self._micro_batches(step)])
@@ -294,25 +297,25 @@ class Trainer:
         keys = cache.keys() if len(bad) else []
         named = [f"{printable(keys[i])} of {cache.shard_of(i).file}" for i in bad[:3]] + ["..."] * (len(bad) > 3)
         share = f"{len(errors)} images of process {self.accelerator.process_index}"
-        what = f"{len(bad)} of the {share} ({', '.join(named)})" if named else f"none of the {share} by itself"
+        what = f"{len(bad)} of the {share} ({', '.join(named)})" if named else f"none of the {share}"
         raise FloatingPointError(
-            f"train: step {step + 1}: the gradient is NaN or infinite; the loss is so for {what}. No weight was updated"
-            f" with it and no checkpoint has it. If it is all images, lower train.lr; the same command goes on from"
-            " the last checkpoint"
+            f"train: step {step + 1}: the gradient is NaN or infinite; so is the loss of {what}. No weight was updated"
+            " with it, and no checkpoint contains it. If all images are affected, lower train.lr; run the same command"
+            " again to resume from the last checkpoint"
         )
 
     def _check_finite(self) -> None:
-        """What was left to the device is asked for before anything is logged or saved."""
+        """Raise FloatingPointError if a step was not finite; called before anything is logged or saved."""
         if (bad := self.guard.bad_step()) is not None:
             self._stop_at(bad)
         scaler = self.accelerator.scaler
         if scaler and scaler.get_scale() < 1:
             raise FloatingPointError(
-                f"train: up to step {self.step}: gradients overflow at every scale: use train.precision=bf16"
+                f"train: up to step {self.step}: gradients overflow at every loss scale: use train.precision=bf16"
             )
 
     def _due(self, every: int) -> bool:
-        """Whether the last step passed a multiple of `every` images, or ended the run."""
+        """Return whether the last step passed a multiple of `every` images, or ended the run."""
         return due(self.images_seen - self.batch_size, self.images_seen, every, self.config.train.images)
 
     def _log(self, tracker: Tracker) -> None:
@@ -324,16 +327,16 @@ class Trainer:
             tracker.log(values)
 
     def _check_cache(self, *, wait: bool) -> None:
-        """ValueError when the hash of a file of the cache has been found to differ; with `wait`, of any file."""
+        """Raise ValueError if verification has found a damaged file of the cache; with `wait`, let it finish first."""
         if self.verification and (wait or self.verification.done()):
             self.verification.result()
             self.verification = None
 
     def _save(self, *, scheduled: bool) -> None:
-        """A checkpoint; one that is `scheduled` leaves the power-function averages in the run for good."""
+        """Save a checkpoint; if it is `scheduled`, also save the power-function averages, which are kept for good."""
         self._check_finite()
-        self._check_cache(wait=True)  # nothing that was learnt from damaged latents is kept
-        self.accelerator.wait_for_everyone()  # which other machines say of their files
+        self._check_cache(wait=True)  # never save weights that were trained on damaged latents
+        self.accelerator.wait_for_everyone()  # other machines have verified their files, too
         settings = self.config.train
         state = RunState(
             step=self.step,
@@ -353,7 +356,7 @@ class Trainer:
         )
         if self.main:
             for path in set_aside_newer(self.run, self.images_seen):
-                print(f"train: set aside as {path}: damaged, or later than where this run went on", flush=True)
+                print(f"train: set aside as {path}: damaged, or newer than where this run resumed", flush=True)
         if state.widths and scheduled:
             save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(
@@ -373,23 +376,25 @@ class Trainer:
                 batch_size=self.batch_size,
             )
 
-    def _leave(self, number: int, *, saved: bool) -> NoReturn:
-        """Save, unless that was just done or there is no time to, and exit with the signal's own status."""
+    def _save_and_exit(self, number: int, *, saved: bool) -> NoReturn:
+        """Save, unless that was just done or verification takes too long, and exit with status 128 + `number`."""
         name = signal.Signals(number).name
         late = self.verification is not None and not wait([self.verification], _GRACE).done
-        if self.accelerator.reduce(torch.tensor(float(late), device=self.device), "sum"):  # so that all do the same
+        if self.accelerator.reduce(torch.tensor(float(late), device=self.device), "sum"):  # all decide the same
             self.accelerator.print(f"train: {name}: the cache is not verified yet, so nothing new is saved")
         else:
             if not saved:
                 self._save(scheduled=False)
-            self.accelerator.wait_for_everyone()  # torchrun kills all when one has gone, and one is still writing
-            self.accelerator.print(f"train: {name}: saved at {self.images_seen:,} images; the same command goes on")
+            self.accelerator.wait_for_everyone()  # one is still writing, and torchrun kills all when one exits
+            self.accelerator.print(
+                f"train: {name}: saved at {self.images_seen:,} images; run the same command again to resume"
+            )
         raise SystemExit(128 + number)
 
     def _preview(self, tracker: Tracker, *, preview: bool, score: bool) -> None:
-        """What the averaged weights do: held-out loss and a sheet of samples, or a quick score; and the curves."""
+        """Measure held-out loss or quick score of the averaged weights, publish samples, and draw the curves."""
         self._check_finite()
-        weights = gathered(self.averages[EMA[0]], self.accelerator)  # all processes take part
+        weights = gather_weights(self.averages[EMA[0]], self.accelerator)  # all processes take part
         if not self.previews:
             return
         measured = self.previews.measure(weights, self.normalization, heldout=preview, score=score)

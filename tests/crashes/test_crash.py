@@ -15,7 +15,7 @@ import pytest
 
 from data.cache.manifest import MANIFEST
 from data.cache.reader import LatentCache
-from data.cache.records import existing_plan, progress, recorded
+from data.cache.records import existing_plan, load_records, progress
 from tests.helpers.disks import (
     Death,
     Encode,
@@ -34,7 +34,7 @@ def check_accounts(path: Path) -> None:
     if not existing_plan(path):
         return
     committed, failed, pending = progress(path)
-    shards = [record.shard for record in recorded(path).values()]
+    shards = [record.shard for record in load_records(path).values()]
     assert (committed + failed, failed) == (sum(s.rows for s in shards), sum(s.failed for s in shards))
     assert [shard.problem(path) for shard in shards] == [None] * len(shards)
     assert pending >= 0
@@ -90,9 +90,9 @@ def test_a_disk_that_is_full_at_any_time_costs_nothing_that_was_finished(
             told += 1
             assert (error.errno, "\n" in str(error)) == (disk.error, False)
             assert str(error.filename).startswith(str(path))
-            assert "the same command goes on" in str(error)
+            assert "run the same command again to resume" in str(error)
             assert not list(path.rglob(".staged-*"))
-            for record in recorded(path).values():
+            for record in load_records(path).values():
                 assert (path / record.shard.file).read_bytes() == whole[record.shard.file]
         first.run(path)
         assert entries(path) == whole, n

@@ -127,7 +127,7 @@ def states_of(work: Callable[[Machine], object], root: Path, monkeypatch: pytest
 def restore(state: Tree, root: Path) -> Path:
     """A folder with the contents of `state`, on a machine that has just been started."""
     root.mkdir()
-    data.storage._lasting.clear()
+    data.storage._flushed_folders.clear()
     for name, content in state:
         if content is None:
             (root / name).mkdir()
@@ -175,7 +175,7 @@ def test_a_finished_cache_outlasts_a_power_cut_and_an_unfinished_one_can_be_fini
         if command != "encode":
             first.run(path)
     work.run(whole)
-    data.storage._lasting.clear()
+    data.storage._flushed_folders.clear()
     states = states_of(lambda machine: work.run(disk / where), disk, monkeypatch)
 
     def check(root: Path, promises: int) -> None:

@@ -217,7 +217,7 @@ def test_a_gpu_holds_the_cache_where_the_model_has_room_beside_it(
 ) -> None:
     size = len(cache) * cache.manifest.row_bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size + 10**6, 2**40))
-    assert loader._choose(size, torch.device("cuda"), 1, reserved, None) == access
+    assert loader._choose_access(size, torch.device("cuda"), 1, reserved, None) == access
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_lock_keeps_a_second_process_out_and_names_the_first(tmp_path: Path) -
     assert holder(lock) is None
     with another_process_holding(lock) as process:
         who = rf"job 1/2, process {process.pid} on \S+ since [-\d]+ [:\d]+,"
-        with pytest.raises(ValueError, match=rf"{tmp_path / 'cache'}: {who} is at work on it"), claim(lock, "job 2/2"):
+        with pytest.raises(ValueError, match=rf"{tmp_path / 'cache'}: {who} is using it"), claim(lock, "job 2/2"):
             pass
         assert str(process.pid) in (holder(lock) or "")
     assert holder(lock) is None

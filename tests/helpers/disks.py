@@ -18,7 +18,7 @@ import pytest
 import data.storage
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
-from data.cache.records import recorded_failures
+from data.cache.records import load_failures
 from data.cache.writer import CacheWriter
 
 
@@ -164,7 +164,7 @@ class Encode(NamedTuple):
         writer = CacheWriter(path, plan, rows, change=self.change)
         with writer.claimed():
             if self.retry:
-                writer.redo([failure.row for failure in recorded_failures(path)])
+                writer.redo([failure.row for failure in load_failures(path)])
             for shard in writer.pending() if self.only is None else self.only:
                 fresh = writer.rows_to_encode(shard)
                 moments = np.broadcast_to(fresh.reshape(-1, 1, 1, 1, 1), (len(fresh), *plan.row_shape))

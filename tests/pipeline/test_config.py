@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, Sample
-from pipeline.config_file import _TEXTS, dump_config, load_config
+from pipeline.config_file import _TEXT_KEYS, dump_config, load_config
 from tests.helpers.sources import ROOT
 
 
@@ -204,7 +204,7 @@ def test_every_key_of_a_path_or_name_keeps_what_was_written() -> None:
         name
         for name, field in fields
         if field.annotation in (str, str | None, float | str | None) or "Path" in str(field.annotation)
-    } == {*_TEXTS}
+    } == {*_TEXT_KEYS}
 
 
 def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_a_key_given_twice_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("text", "kind"), [("[1, 2]", "list"), ("hello", "str"), ("3", "int")])
 def test_a_config_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"small\.yaml: a config is a mapping of sections, this is a {kind}$"):
+    with pytest.raises(ValueError, match=rf"small\.yaml: a config must be a mapping of sections, this is a {kind}$"):
         load(tmp_path, text)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pipeline.device
-from pipeline.device import gains_from_bf16, pick_device
+from pipeline.device import bf16_is_faster, pick_device
 from tests.helpers.world import World, run_stage
 
 
@@ -65,4 +65,4 @@ def test_bf16_is_for_processors_on_which_it_is_quicker(
     monkeypatch: pytest.MonkeyPatch, cpu: str, instructions: dict[str, bool], gains: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu, **instructions})
-    assert gains_from_bf16(torch.device("cpu")) == gains
+    assert bf16_is_faster(torch.device("cpu")) == gains

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.ema import Average, gamma_of, halflife_weight, power_weight, reconstruction, weighted_sum
+from pipeline.ema import Average, gamma_of, halflife_weight, power_weight, reconstruction_weights, weighted_sum
 from pipeline.flops import Cost, fitting_rows, peak_flops
 from pipeline.latents import Draws, Normalization, draw_latents
 from pipeline.loss import Objective
@@ -350,7 +350,7 @@ def test_an_average_from_snapshots_is_the_one_that_was_taken_directly(width: flo
             for average, gamma in zip(averages[:2], gammas[:2], strict=True):
                 snapshots.append((step * batch_size, gamma))
                 tensors.append(average.tensors["weight"].clone())
-    weights = reconstruction(snapshots, int(steps * share) * batch_size, gammas[2])
+    weights = reconstruction_weights(snapshots, int(steps * share) * batch_size, gammas[2])
     ours, direct = weighted_sum(tensors, weights.tolist()), averages[2].tensors["weight"]
     error = (ours - direct).norm() / direct.norm()
     nearest = min((tensor - direct).norm() / direct.norm() for tensor in tensors)

@@ -13,7 +13,13 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from pipeline.noise import STEPS, NoiseProcess
-from pipeline.sampling import Denoise, draw, guided, image_generators, make_scheduler
+from pipeline.sampling import (
+    Denoise,
+    classifier_free_guidance,
+    image_generators,
+    make_scheduler,
+    sampling_loop,
+)
 from tests.helpers.models import CLASSES, scrambled
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
@@ -58,7 +64,7 @@ def exact(noise: NoiseProcess, mean: float, std: float) -> Denoise:
 
 
 def sample(noise: NoiseProcess, name: str, denoise: Denoise, steps: int, count: int = 2, size: int = 32) -> Tensor:
-    return draw(
+    return sampling_loop(
         denoise,
         make_scheduler(name, noise, steps),
         shape=(4, size, size),
@@ -93,12 +99,12 @@ def test_scaled_linear_is_that_of_stable_diffusion() -> None:
 @pytest.mark.parametrize(
     ("process", "reason"),
     [
-        (("flow", "v"), "flow goes with flow alone"),
-        (("flow", "x0"), "flow goes with flow alone"),
-        (("linear", "flow"), "flow goes with flow alone"),
-        (("flow", "flow", "uniform", True), "ends in pure noise as it is"),
-        (("cosine", "epsilon", "uniform", True), "says nothing of the image"),
-        (("linear", "v", "uniform", False, 3.0), "shift = 3 moves the timesteps of schedule flow"),
+        (("flow", "v"), "use prediction flow with schedule flow"),
+        (("flow", "x0"), "use prediction flow with schedule flow"),
+        (("linear", "flow"), "use prediction flow with schedule flow"),
+        (("flow", "flow", "uniform", True), "already ends in pure noise"),
+        (("cosine", "epsilon", "uniform", True), "no information about the image"),
+        (("linear", "v", "uniform", False, 3.0), "shift = 3 is only for schedule flow"),
     ],
 )
 def test_pairs_that_cannot_work_are_refused_with_the_reason(process: tuple[Any, ...], reason: str) -> None:
@@ -124,15 +130,15 @@ def test_noisy_latents_and_targets_are_those_of_diffusers(noise: NoiseProcess) -
     scheduler = DDPMScheduler(**noise.diffusers_options())
     latents, e = latents_and_noise()
     times = times_of(noise)
-    assert torch.allclose(noise.corrupt(latents, e, times), scheduler.add_noise(latents, e, times.long()), atol=1e-6)
+    assert torch.allclose(noise.add_noise(latents, e, times), scheduler.add_noise(latents, e, times.long()), atol=1e-6)
     expected = {"epsilon": e, "x0": latents, "v": scheduler.get_velocity(latents, e, times.long())}[noise.prediction]
     assert torch.allclose(noise.target(latents, e, times), expected, atol=1e-6)
 
 
 def test_flow_is_the_velocity_of_the_noisy_latents() -> None:
     latents, e = latents_and_noise()
-    there = FLOW.corrupt(latents, e, torch.full((12,), 600.0))
-    here = FLOW.corrupt(latents, e, torch.full((12,), 400.0))
+    there = FLOW.add_noise(latents, e, torch.full((12,), 600.0))
+    here = FLOW.add_noise(latents, e, torch.full((12,), 400.0))
     assert torch.allclose((there - here) / 0.2, FLOW.target(latents, e, torch.full((12,), 500.0)), atol=1e-5)
 
 
@@ -140,7 +146,7 @@ def test_flow_is_the_velocity_of_the_noisy_latents() -> None:
 def test_the_clean_latents_follow_from_the_target(noise: NoiseProcess) -> None:
     latents, e = latents_and_noise()
     times = times_of(noise).clamp(max=800)  # of the noise alone little could be recovered
-    x, target = noise.corrupt(latents, e, times), noise.target(latents, e, times)
+    x, target = noise.add_noise(latents, e, times), noise.target(latents, e, times)
     alpha, sigma = noise.coefficients(times)
     recovered = {
         "epsilon": (x - sigma * target) / alpha,
@@ -157,7 +163,7 @@ def test_min_snr_counts_an_error_of_the_prediction_as_one_of_the_clean_latents(n
     times = times_of(noise)[1:-1]
     latents, e = latents_and_noise(len(times))
     alpha, sigma = noise.coefficients(times)
-    x, target = noise.corrupt(latents, e, times), noise.target(latents, e, times)
+    x, target = noise.add_noise(latents, e, times), noise.target(latents, e, times)
 
     def clean(prediction: Tensor) -> Tensor:
         return {
@@ -183,7 +189,7 @@ def test_min_snr_weights_are_finite_at_both_ends(noise: NoiseProcess) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "flow"])
 def test_times_are_in_range_and_repeatable(schedule: str, timesteps: str) -> None:
     noise = NoiseProcess(schedule, "flow" if schedule == "flow" else "v", timesteps)
-    times, again = (noise.draw_times(20_000, torch.Generator().manual_seed(3)) for _ in range(2))
+    times, again = (noise.draw_timesteps(20_000, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(times, again)
     assert times.dtype == torch.float32
     assert times.min() >= 0
@@ -194,7 +200,7 @@ def test_times_are_in_range_and_repeatable(schedule: str, timesteps: str) -> Non
 @pytest.mark.parametrize("schedule", ["linear", "flow"])
 def test_times_have_the_distribution_of_their_name(schedule: str) -> None:
     for timesteps, quartile in (("uniform", 250.0), ("logit_normal", 1000 * torch.tensor(-0.6745).sigmoid().item())):
-        times = NoiseProcess(schedule, "flow" if schedule == "flow" else "v", timesteps).draw_times(
+        times = NoiseProcess(schedule, "flow" if schedule == "flow" else "v", timesteps).draw_timesteps(
             40_000, torch.Generator().manual_seed(0)
         )
         assert times.median().item() == pytest.approx(500, abs=8)
@@ -254,7 +260,7 @@ def test_where_the_steps_divide_those_of_training_samples_are_those_of_diffusers
     scheduler.set_timesteps(steps)
     denoise, options = exact(noise, MEAN, STD), {"shape": (4, 2, 2), "device": torch.device("cpu")}
     ours, expected = (
-        draw(denoise, each, generators=image_generators(0, [0, 1]), **options)
+        sampling_loop(denoise, each, generators=image_generators(0, [0, 1]), **options)
         for each in (make_scheduler(name, noise, steps), scheduler)
     )
     assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
@@ -332,7 +338,7 @@ def test_sampling_starts_at_the_noisiest_timestep(name: str, noise: NoiseProcess
 
 @pytest.mark.parametrize(("name", "noise"), [("euler", DISCRETE[0]), ("ddpm", FLOW), ("ddim", FLOW)], ids=title)
 def test_a_sampler_of_another_process_is_refused(name: str, noise: NoiseProcess) -> None:
-    with pytest.raises(ValueError, match=rf"^sample.scheduler: {name} cannot draw from .* {noise.schedule} schedule"):
+    with pytest.raises(ValueError, match=rf"^sample.scheduler: {name} cannot sample .* {noise.schedule} schedule"):
         make_scheduler(name, noise, 25)
 
 
@@ -342,11 +348,11 @@ def test_guidance_interpolates_and_extrapolates_between_two_models() -> None:
     conditional = model(x, 500, labels).sample
     unconditional = model(x, 500, torch.full_like(labels, CLASSES)).sample
     time = torch.tensor(500)
-    assert torch.equal(guided(model, labels, 1.0)(x, time), conditional)
-    assert torch.equal(guided(model, labels, 0.0)(x, time), unconditional)
+    assert torch.equal(classifier_free_guidance(model, labels, 1.0)(x, time), conditional)
+    assert torch.equal(classifier_free_guidance(model, labels, 0.0)(x, time), unconditional)
     for scale in (2.0, 0.5):
         expected = unconditional + scale * (conditional - unconditional)
-        assert torch.allclose(guided(model, labels, scale)(x, time), expected, atol=1e-4)
+        assert torch.allclose(classifier_free_guidance(model, labels, scale)(x, time), expected, atol=1e-4)
     assert (conditional - unconditional).abs().max() > 1e-2
 
 
@@ -355,8 +361,8 @@ def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> 
     model = scrambled()
 
     def images(indices: list[int]) -> Tensor:
-        return draw(
-            guided(model, torch.tensor(indices) % CLASSES, 2.0),
+        return sampling_loop(
+            classifier_free_guidance(model, torch.tensor(indices) % CLASSES, 2.0),
             make_scheduler(name, noise, 5),
             shape=(4, 4, 4),
             generators=image_generators(9, indices),
@@ -377,7 +383,7 @@ def test_neighbouring_seeds_and_indices_share_no_noise() -> None:
 
 def test_a_shift_moves_the_draws_of_training_and_the_steps_of_sampling_alike() -> None:
     noise = NoiseProcess("flow", "flow", "logit_normal", shift=3.0)
-    drawn = noise.draw_times(40_000, torch.Generator().manual_seed(0))
+    drawn = noise.draw_timesteps(40_000, torch.Generator().manual_seed(0))
     assert drawn.median().item() == pytest.approx(750, abs=8)  # of 1/2: 3/2 / (1 + 2/2)
     plain = make_scheduler("euler", NoiseProcess("flow", "flow"), 5).sigmas
     expected = 3 * plain / (1 + 2 * plain)

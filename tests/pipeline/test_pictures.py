@@ -27,7 +27,7 @@ PRIVATE = "\ue000"  # which STIXNonUni has and DejaVu Sans has not
 @pytest.fixture(autouse=True)
 def _no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pictures, "_system_fonts", list)
-    caches = (pictures._font_for, pictures._say_missing)
+    caches = (pictures._font_for, pictures._report_missing)
     for cache in caches:
         cache.cache_clear()
     yield

@@ -164,7 +164,7 @@ def test_of_a_whole_pipeline_the_folder_of_its_vae_is_named(folder: Path, tmp_pa
     shutil.copytree(folder, tmp_path / "vae")
     if index:
         (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8")
-    assert refusal(tmp_path) == f"it is a whole pipeline: give {tmp_path / 'vae'}"
+    assert refusal(tmp_path) == f"it is a whole pipeline: use {tmp_path / 'vae'}"
     FrozenVae(str(tmp_path / "vae"))
 
 
@@ -174,7 +174,7 @@ def test_half_precision_weights_are_read_where_they_are_the_only_ones(
     plain = AutoencoderKL.from_pretrained(folder)
     plain.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     vae = FrozenVae(str(tmp_path))
-    assert f"{tmp_path} has weights of the variant fp16 alone" in capsys.readouterr().out
+    assert f"{tmp_path} has only weights of the variant fp16" in capsys.readouterr().out
     assert vae.model.dtype == torch.float32
     expected = AutoencoderKL.from_pretrained(folder).state_dict()
     assert all(torch.equal(value, expected[name].half().float()) for name, value in vae.model.state_dict().items())
@@ -186,7 +186,7 @@ def test_half_precision_weights_are_read_where_they_are_the_only_ones(
 def test_pickled_weights_are_never_loaded_and_a_way_to_convert_them_works(folder: Path, tmp_path: Path) -> None:
     AutoencoderKL.from_pretrained(folder).save_pretrained(tmp_path / "bin", safe_serialization=False)
     reason = refusal(tmp_path / "bin")
-    assert reason.startswith("its weights are .bin, pickles, which are never loaded")
+    assert reason.startswith("its weights are .bin files (pickle), which are never loaded")
     way = re.search(r"AutoencoderKL\.from_pretrained.*\)", reason)
     assert way is not None
     eval(way[0].replace("new-folder", str(tmp_path / "new")), {"AutoencoderKL": AutoencoderKL})
@@ -204,12 +204,12 @@ def test_a_single_file_is_refused_with_the_way_to_a_folder(tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"in_channels": 1, "out_channels": 1}, "it takes images of 1 channels and returns 1; images here are RGB"),
-        ({"in_channels": 4}, "it takes images of 4 channels and returns 3"),
-        ({"_class_name": "UNet2DModel"}, "it is of class UNet2DModel, which is no autoencoder of diffusers"),
+        ({"in_channels": 1, "out_channels": 1}, "it maps 1 image channels to 1: use a VAE of RGB images"),
+        ({"in_channels": 4}, "it maps 4 image channels to 3"),
+        ({"_class_name": "UNet2DModel"}, "it is of class UNet2DModel, which is not an autoencoder of diffusers"),
         ({"_class_name": None}, "it is of class None"),
         ({"block_out_channels": [8, 8, 32]}, "size mismatch for "),
-        ({"layers_per_block": 3}, "of its weights are missing, the first of them decoder."),
+        ({"layers_per_block": 3}, "of its weights are missing, the first is decoder."),
         ({"down_block_types": ["Nonsense"] * 3}, "Nonsense does not exist"),
     ],
 )
@@ -225,7 +225,7 @@ def test_files_that_are_missing_or_damaged_are_named(folder: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert "config.json" in refusal(tmp_path)
     shutil.copy(folder / "config.json", tmp_path)
-    assert refusal(tmp_path) == "there is no diffusion_pytorch_model.safetensors beside its config.json"
+    assert refusal(tmp_path) == "there is no diffusion_pytorch_model.safetensors next to its config.json"
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[:-100])
     assert "diffusion_pytorch_model.safetensors" in refusal(tmp_path)
@@ -342,9 +342,9 @@ def test_of_half_precisions_that_one_is_chosen_which_the_vae_bears(folder: Path,
     """fp16, which is the finer one, unless it overflows; neither where nothing is finite."""
     vae = FrozenVae(str(folder))
     vae.model.encoder.conv_in.weight.mul_(scale)
-    assert vae.bearable_precision(pictures()) == bearable
+    assert vae.tolerated_precision(pictures()) == bearable
     assert vae.precision == "fp32"
-    assert (vae.rounding(pictures(), "bf16") > vae.rounding(pictures(), "fp16")) == (scale == 1)
+    assert (vae.rounding_error(pictures(), "bf16") > vae.rounding_error(pictures(), "fp16")) == (scale == 1)
 
 
 def test_an_autoencoder_of_videos_is_refused(tmp_path: Path) -> None:
@@ -367,10 +367,10 @@ def test_on_a_hub_a_folder_and_a_variant_are_found(
     (refs / "main").write_text("0" * 40, encoding="utf-8")
     for name in ("huggingface_hub.constants.HF_HUB_CACHE", "diffusers.utils.constants.HF_MODULES_CACHE"):
         monkeypatch.setattr(name, str(tmp_path))
-    assert refusal("somebody/pipeline") == "it is a whole pipeline: give somebody/pipeline/vae"
+    assert refusal("somebody/pipeline") == "it is a whole pipeline: use somebody/pipeline/vae"
     vae = FrozenVae("somebody/pipeline/vae")
     assert vae.downsampling == FrozenVae(str(folder)).downsampling
-    assert "somebody/pipeline has weights of the variant fp16 alone" in capsys.readouterr().out
+    assert "somebody/pipeline has only weights of the variant fp16" in capsys.readouterr().out
     pinned = f"somebody/pipeline/vae@{'0' * 40}"  # the name of main may move on, this one does not
     assert vae.identity().source == pinned
     (refs / "main").write_text("1" * 40, encoding="utf-8")

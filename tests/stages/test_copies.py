@@ -16,7 +16,7 @@ from data.sources.base import content_digest
 from tests.helpers.world import make_vae as make_tiny_vae
 from tests.helpers.world import refuse, run_stage, succeed, tree, write_config
 
-COMPARED = "of the size, but not of the time of before: comparing contents"
+COMPARED = "with the same size but another time stamp: comparing contents"
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_other_contents_of_the_same_size_are_found(config: Path, more: tuple[str
     encode(config, more=more)
     before, source = tree(config.parent / "cache"), copied(config, "copy")
     write(config.parent / "copy" / "cat" / "03.bmp", np.random.default_rng(1))
-    changed = "1 image is changed or gone, such as cat/03.bmp"
+    changed = "1 image is changed or missing, such as cat/03.bmp"
     refuse(run_stage("encode", config, config.parent / "run", source, more=more), "has changed", changed)
     assert tree(config.parent / "cache") == before
 
@@ -94,7 +94,7 @@ def test_a_copy_can_be_extended_and_its_failures_read_again(config: Path) -> Non
     source = copied(config, "copy")
     write(config.parent / "copy" / "cat" / "99.bmp", np.random.default_rng(2))
     result = run_stage("encode", config, config.parent / "run", source)
-    refuse(result, "1 image is new, such as cat/99.bmp: --extend encodes them")
+    refuse(result, "1 image is new, such as cat/99.bmp: give --extend to encode them")
     said = encode(config, source, more=("--extend",))
     assert "40 committed + 1 failed = 41 listed" in said
     write(config.parent / "copy" / "dog" / "08.bmp", np.random.default_rng(3))

@@ -155,7 +155,7 @@ def test_a_killed_encode_goes_on_to_the_same_bytes(config: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, str(config)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert any("written" in line for line in process.stdout)
-    refuse(run_stage("encode", config, config.parent), "job 1/1", f"process {process.pid}", "is at work")
+    refuse(run_stage("encode", config, config.parent), "job 1/1", f"process {process.pid}", "is using it")
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -233,7 +233,7 @@ def test_a_precision_is_recorded_and_that_of_a_cache_stays(config: Path) -> None
 
 
 def test_a_precision_that_changes_latents_too_much_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.planning.ROUNDING", 1e-4)
+    monkeypatch.setattr("pipeline.planning.MAX_ROUNDING_ERROR", 1e-4)
     refuse(run_stage("encode", config, config.parent, "cache.precision=bf16"), "cache.precision = bf16: it changes the")
 
 
@@ -350,7 +350,7 @@ def test_a_changed_data_set_is_noticed_and_cannot_extend(config: Path, change: s
         image.rename(config.parent / "images/dog/00.png")
     for more in ((), ("--extend",), ("--retry-failed",)):
         said = run_stage("encode", config, config.parent, more=more)
-        refuse(said, "1 image is changed or gone", "cat/00.png", "cache.path")
+        refuse(said, "1 image is changed or missing", "cat/00.png", "cache.path")
 
 
 @pytest.mark.parametrize("flag", ["--extend", "--retry-failed"])
@@ -381,7 +381,7 @@ def test_verify_names_what_is_wrong_and_repairs_it_to_the_same_bytes(config: Pat
     break_images(config, "cat/03.png")
     encode(config, f"cache.format={format_}")
     cache, whole = config.parent / "cache", tree(config.parent / "cache")
-    assert "all as they were written" in succeed("verify", config, config.parent)
+    assert "all match their SHA-256" in succeed("verify", config, config.parent)
     manifest = Manifest.load(cache)
     damage = [*(file.file for file in manifest.files), manifest.shards[0].file, manifest.shards[2].file]
     for name in damage:
@@ -439,7 +439,7 @@ def test_info_tells_and_shows_what_a_cache_holds(config: Path) -> None:
         with Image.open(config.parent / "cache" / "info" / name) as picture:
             assert picture.width > 300
             assert np.asarray(picture).std() > 10  # it shows something
-    assert "all as they were written" in succeed("verify", config, config.parent)  # the pictures are no part of it
+    assert "all match their SHA-256" in succeed("verify", config, config.parent)  # the pictures are no part of it
     assert "no pictures" in succeed("info", config, config.parent, "data.source=solids", "data.image_size=16")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import stages.evaluate
-from data.storage import checked
+from data.storage import strip_checksum
 from tests.helpers.networks import Means
 from tests.helpers.world import IMAGE_SIZE, make_images, run_stage, succeed, tree, write_config
 from tests.helpers.world import make_vae as make_tiny_vae
@@ -64,7 +64,7 @@ def refused(root: Path, *overrides: str, more: tuple[str, ...] = ()) -> str:
 
 def receipt_of(root: Path, name: str = "*-4each-Means") -> dict[str, Any]:
     (file,) = (root / "run" / "eval").glob(f"{name}.json")
-    text = checked(file.read_bytes())
+    text = strip_checksum(file.read_bytes())
     assert text
     return json.loads(text)
 
@@ -155,10 +155,10 @@ def test_a_receipt_is_repeated_from_its_own_checkpoint_as_long_as_that_is_there(
 def test_what_is_no_receipt_is_refused(root: Path) -> None:
     (file,) = (root / "run" / "eval").glob("*.json")
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
-    assert "damaged, or no receipt" in refused(root, more=("--repeat", str(file)))
+    assert "damaged, or not a receipt" in refused(root, more=("--repeat", str(file)))
     assert "no such file" in refused(root, more=("--repeat", str(root / "none.json")))
     other = next((root / "cache-features").rglob("meta.json"))
-    assert "damaged, or no receipt" in refused(root, more=("--repeat", str(other)))
+    assert "damaged, or not a receipt" in refused(root, more=("--repeat", str(other)))
     assert "leave out --images" in refused(root, more=("--repeat", str(other), "--images", "x"))
 
 
@@ -172,7 +172,7 @@ def test_held_out_images_may_be_the_reference(root: Path) -> None:
 
 
 def test_images_that_are_no_longer_what_was_encoded_are_refused(root: Path) -> None:
-    assert "is not what was encoded: 6 images new" in refused(root, "data.heldout=null")
+    assert "has changed since it was encoded: 6 images new" in refused(root, "data.heldout=null")
     assert "its preprocessing is v1: EXIF" in refused(root, "data.matte=red")
     shutil.copytree(root / "images" / "cat", root / "images" / "ant")
     assert "such as ant/" in refused(root)
@@ -244,7 +244,7 @@ def test_without_held_out_images_samples_stand_alone(root: Path) -> None:
     assert "no images are held out (data.heldout)" in evaluate(root, "data.heldout=null")
     assert receipt_of(root)["figures"].keys() == {"samples"}
     assert receipt_of(root)["figures"]["samples"]["memorisation"].keys() == {"median_distance", "copies"}
-    assert "no images are held out: give data.heldout" in refused(
+    assert "there are no held-out images: give data.heldout" in refused(
         root, "data.heldout=null", "evaluate.reference=heldout"
     )
 
@@ -265,6 +265,6 @@ def test_a_class_without_images_is_said(root: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured_is_refused_in_one_line(root: Path) -> None:
     np.savez(root / "small.npz", np.zeros((4, 8, 8, 3), np.uint8))
-    assert "8x8 pixels, and data.image_size is 16" in refused(root, more=("--images", str(root / "small.npz")))
+    assert "8x8 pixels, but data.image_size is 16" in refused(root, more=("--images", str(root / "small.npz")))
     shutil.rmtree(root / "run")
     assert "--run: no checkpoint in" in refused(root)

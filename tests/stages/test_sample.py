@@ -95,7 +95,7 @@ def test_guidance_is_that_of_what_was_trained(asked: float, label_dropout: float
 
 
 def test_without_a_null_class_guidance_is_one_and_every_place_says_so(world: World, tmp_path: Path) -> None:
-    untrained = "the null class, which it takes, was never trained (train.label_dropout=0)"
+    untrained = "it needs the null class, which was never trained (train.label_dropout=0)"
     more = ("train.label_dropout=0", "train.images=8")
     printed = succeed("train", world.config, tmp_path, *more, "train.preview_every=4")
     assert printed.count(f"train: previews: sample.guidance = 1, not 2: {untrained}") == 1
@@ -115,7 +115,7 @@ def test_without_a_null_class_guidance_is_one_and_every_place_says_so(world: Wor
     for stage, run in (("sample", tmp_path), ("train", tmp_path / "new")):
         result = run_stage(stage, world.config, run, *more, "sample.guidance=0")
         assert result.exit_code == 2
-        assert "sample.guidance = 0: the null class" in result.stderr
+        assert "sample.guidance = 0: it needs the null class" in result.stderr
 
 
 def test_without_trained_classes_the_unconditional_model_is_drawn(world: World, tmp_path: Path) -> None:
@@ -127,7 +127,9 @@ def test_without_trained_classes_the_unconditional_model_is_drawn(world: World, 
 
 def test_one_class_has_nothing_to_be_guided_from(world: World, tmp_path: Path) -> None:
     given = train_on(world, tmp_path, ("cat",))
-    assert "sample.guidance = 1, not 2: there is one class" in succeed("sample", world.config, tmp_path / "run", *given)
+    assert "sample.guidance = 1, not 2: there is only one class" in succeed(
+        "sample", world.config, tmp_path / "run", *given
+    )
     assert drawn(tmp_path / "run").labels.tolist() == [0] * 3
 
 

@@ -97,7 +97,7 @@ def test_a_missing_truncated_or_longer_file_is_named(cache: LatentCache, name: s
     payload = file.read_bytes()
     for damaged in (payload[:-1], payload + b"\0", b""):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{file}: {len(damaged)} bytes, {len(payload)} were written"):
+        with pytest.raises(ValueError, match=rf"{file}: {len(damaged)} bytes, expected {len(payload)}"):
             LatentCache(cache.path)
     file.unlink()
     with pytest.raises(ValueError, match=f"{file}: missing"):
@@ -143,7 +143,7 @@ def test_the_manifest_of_another_cache_is_found_by_its_hashes(
     ours, theirs = (cache.path / MANIFEST).read_bytes(), (twin.path / MANIFEST).read_bytes()
     for path, payload in ((cache.path, theirs), (twin.path, ours)):
         (path / MANIFEST).write_bytes(payload)
-        with pytest.raises(ValueError, match="damaged: its SHA-256 is not that of what was written"):
+        with pytest.raises(ValueError, match="damaged: its SHA-256 is not the recorded one"):
             LatentCache(path).verify()
 
 

@@ -77,7 +77,7 @@ def test_a_damaged_listing_is_never_read(tmp_path: Path, draft: Draft, damage: i
         file.write_bytes(changed)
     problem = "missing" if damage == "missing" else "damaged"
     for now in (dict(reversed(OLD.items())), OLD | {"d": ("dog", "4")}):
-        with pytest.raises(ValueError, match=f"^{file}: {problem}.*: delete {tmp_path} and write it anew$"):
+        with pytest.raises(ValueError, match=f"^{file}: {problem}.*: delete {tmp_path} and create it again$"):
             Rows.aligned(listing(**now), tmp_path, draft)
     rows, change = Rows.aligned(listing(**OLD), tmp_path, draft)
     assert (rows.file, change) == (draft.files[0], NO_CHANGE)

@@ -22,7 +22,7 @@ from data.cache.formats import FORMATS
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Draft, Manifest, Plan
 from data.cache.reader import FAILURES, LatentCache
-from data.cache.records import progress, recorded, recorded_failures
+from data.cache.records import load_failures, load_records, progress
 from data.cache.writer import CacheWriter, DamagedShardsError, Job
 from data.storage import probe
 from tests.helpers.disks import forked
@@ -127,7 +127,7 @@ def test_processes_at_work_at_once_write_the_same_files(
             probe(path, "cache.path")
             writer = CacheWriter(path, plan, rows, Job(number, jobs))
             with writer.claimed():
-                assert {failure.row for failure in recorded_failures(path)} <= set(BROKEN)
+                assert {failure.row for failure in load_failures(path)} <= set(BROKEN)
                 write(writer, moments, BROKEN)
                 writer.write_failures()
                 writer.finish()
@@ -167,8 +167,8 @@ def another(writer: CacheWriter, inner: Callable[[], object] = lambda: None) -> 
 @pytest.mark.parametrize(
     ("first", "second", "told"),
     [
-        (Job(), Job(), "is at work on it"),
-        (Job(1, 2), Job(1, 2), "is at work on it"),
+        (Job(), Job(), "is using it"),
+        (Job(1, 2), Job(1, 2), "is using it"),
         (Job(), Job(1, 2), "another number of jobs"),
         (Job(1, 2), Job(), "another number of jobs"),
         (Job(0, 2), Job(2, 3), "another number of jobs"),
@@ -225,8 +225,8 @@ def check_accounts(path: Path, plan: Plan, shards: Collection[int], failed: Coll
     """Every image is committed, failed or pending; `shards` are there, and `failed` are the failures in them."""
     expected = sum(len(plan.rows_of(shard)) for shard in shards)
     assert progress(path) == (expected - len(failed), len(failed), plan.rows - expected)
-    assert sorted(recorded(path)) == sorted(shards)
-    assert [failure.row for failure in recorded_failures(path)] == sorted(failed)
+    assert sorted(load_records(path)) == sorted(shards)
+    assert [failure.row for failure in load_failures(path)] == sorted(failed)
 
 
 def test_images_are_committed_failed_or_pending_at_every_moment(

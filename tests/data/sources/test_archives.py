@@ -127,7 +127,7 @@ def test_classes_beside_the_tars_name_the_numbers(tmp_path: Path, memory: bool) 
     assert reds(opened(url)) == reds(opened(f"{url}/1.tar")) == [("dog", 5), ("cat", 6)]
     write_tar(folder / "2.tar", {"1.png": picture(5), "1.cls": b"2"})
     url = in_memory(folder) if memory else str(folder)
-    with pytest.raises(ValueError, match=r"2\.tar/1: its label -?\d+ is none of the 2 classes"):
+    with pytest.raises(ValueError, match=r"2\.tar/1: its label -?\d+ is not one of the 2 classes"):
         opened(url)
 
 
@@ -140,15 +140,15 @@ def test_an_image_without_a_label_beside_others_has_no_class(tmp_path: Path, bes
     other = {"0.png": picture(4), "0.cls": b"cat"}
     images = opened(write_tar(tmp_path / "1.tar", {**other, "1.png": picture(5), **beside}))
     assert images.labels.tolist() == [0, NO_CLASS]
-    assert "1 image has no class (such as 1.tar/1): trained as images without one" in images.notes
+    assert "1 image has no class (such as 1.tar/1): they train as unlabelled images" in images.notes
 
 
 def test_an_image_without_a_label_and_a_label_without_an_image_are_refused_by_their_names(tmp_path: Path) -> None:
     members = {"a.png": picture(1), "a.cls": b"0", "Bee.png": picture(2), "x.cls": b"1", "bee.cls": b"1"}
-    with pytest.raises(ValueError, match=r"Bee\.png has no label, and bee\.cls no image: .*letter for letter"):
+    with pytest.raises(ValueError, match=r"Bee\.png has no label, and bee\.cls no image: .*the same case"):
         opened(write_tar(tmp_path / "1.tar", members))
     images = opened(write_tar(tmp_path / "2.tar", {"a.png": picture(1), "a.cls": b"0", "x.cls": b"1"}))
-    assert images.notes == [f"passed over: 1 without an image (labels) (such as {tmp_path}/2.tar/x.cls)"]
+    assert images.notes == [f"skipped: 1 without an image (labels) (such as {tmp_path}/2.tar/x.cls)"]
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo(again)
             archive.addfile(info, io.BytesIO())
         if ".." in again:
-            assert "hidden or leading out" in opened(path).notes[0]
+            assert "hidden or outside" in opened(path).notes[0]
         else:
             with pytest.raises(ValueError, match=r"1\.tar: .*two members are called 1\.png"):
                 opened(path)
@@ -175,7 +175,7 @@ def test_two_images_of_one_sample_are_refused_until_one_is_chosen(tmp_path: Path
         opened(path)
     images = opened(path, image_column="bmp")
     assert reds(images) == [("0", 5)]
-    assert images.notes == [f"passed over: 1 .png (such as {path}/1.png)"]
+    assert images.notes == [f"skipped: 1 .png (such as {path}/1.png)"]
 
 
 def test_dots_that_make_two_images_one_sample_are_refused(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path, suffix: str) -> None:
         write_tar(path, samples(PICTURES)) if suffix == ".tar" else parquet_of(path, PICTURES)
     url = tmp_path / "data" if suffix == ".tar" else tmp_path
     with pytest.raises(
-        ValueError, match=rf"several parts .*test, train: .*data\.source={tmp_path}/data/train\*\{suffix}"
+        ValueError, match=rf"several splits .*test, train: .*data\.source={tmp_path}/data/train\*\{suffix}"
     ):
         opened(url)
     assert reds(opened(tmp_path / "data" / f"train*{suffix}")) == REDS
@@ -248,7 +248,7 @@ def test_parts_of_a_data_set_are_not_mixed(tmp_path: Path, suffix: str) -> None:
 def test_other_files_beside_tars_are_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "1.tar", samples(PICTURES))
     write_folder(tmp_path, {"README.md": b"", "2.tar.gz": b""})
-    assert opened(tmp_path).notes == ["passed over: 1 .gz (such as 2.tar.gz), 1 .md (such as README.md)"]
+    assert opened(tmp_path).notes == ["skipped: 1 .gz (such as 2.tar.gz), 1 .md (such as README.md)"]
 
 
 class Canary:

@@ -222,7 +222,7 @@ def test_what_is_no_plain_file_is_passed_over_and_counted(root: Path) -> None:
     os.mkfifo(root / "dog/pipe")
     images = opened(root)
     assert reds(images) == REDS
-    assert images.notes == ["passed over: 2 no plain file (such as cat/0.png)"]
+    assert images.notes == ["skipped: 2 not a regular file (such as cat/0.png)"]
 
 
 def test_a_loop_of_linked_folders_is_not_followed(root: Path) -> None:
@@ -398,7 +398,7 @@ def test_a_port_a_revision_and_a_chain_are_no_credentials(url: str) -> None:
 )
 def test_other_protocols_are_refused_before_fsspec_hears_of_them(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: pytest.fail(url))
-    with pytest.raises(ValueError, match=r"data\.source: \w+:// is not read"):
+    with pytest.raises(ValueError, match=r"data\.source: \w+:// is not supported"):
         open_container(url)
 
 

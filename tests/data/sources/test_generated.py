@@ -203,19 +203,21 @@ def test_folders_of_a_thousand_seeds_are_no_classes(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{seed // 1000 * 1000:06d}/{seed:06d}.png": png(PIXELS[0]) for seed in (0, 1, 1000)})
     images = opened(tmp_path)
     assert images.labels.tolist() == [NO_CLASS] * 3
-    assert "folders such as 000000 are taken for a thousand seeds each, as EDM has it: no classes" in images.notes
+    assert (
+        "folders such as 000000 are read as a thousand seeds each, as EDM writes them, not as classes" in images.notes
+    )
 
 
 @pytest.mark.parametrize("place", ["npz", "class folders"])
 def test_classes_are_passed_over_where_the_data_set_has_none(place: str, tmp_path: Path) -> None:
     images = opened(PLACES[place](tmp_path), ("images",))
     assert images.labels.tolist() == NONE
-    assert "the classes of the images are passed over: the data set has none" in images.notes
+    assert "the classes of the images are ignored: the data set has none" in images.notes
 
 
 def test_other_arrays_are_passed_over_and_said(tmp_path: Path) -> None:
     images = opened(saved(tmp_path / "a.npz", PIXELS, mu=np.zeros(3), sigma=np.zeros((3, 3))))
-    assert images.notes == ["passed over: mu, sigma"]
+    assert images.notes == ["skipped: mu, sigma"]
 
 
 # What is refused
@@ -265,20 +267,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing": (lambda root: root / "a.npz", r"no such file on this machine: \S+/a\.npz"),
     "no folder": (lambda root: root / "a", r"no such folder or file: \S+/a"),
     "an empty folder": (lambda root: root, r"no images under"),
-    "one image": (written_as(lambda x: x[:1]), r"a\.npz: 1 image: a distribution has two images at least"),
-    "no images": (written_as(lambda x: x[:0]), r"a\.npz: 0 images: a distribution has two images at least"),
-    "one file": (lambda root: write_folder(root, {"1.png": png(PIXELS[0])}), r"1 image: a distribution has two images"),
+    "one image": (written_as(lambda x: x[:1]), r"a\.npz: 1 image: at least two images are needed"),
+    "no images": (written_as(lambda x: x[:0]), r"a\.npz: 0 images: at least two images are needed"),
+    "one file": (
+        lambda root: write_folder(root, {"1.png": png(PIXELS[0])}),
+        r"1 image: at least two images are needed",
+    ),
     "of another size": (
         written_as(lambda x: np.repeat(np.repeat(x, 2, 1), 2, 2)),
-        r"a\.npz: 16x16 pixels, and data\.image_size is 8: .*never resized, .*measure them with data\.image_size=16",
+        r"a\.npz: 16x16 pixels, but data\.image_size is 8: .*never resized, .*measure them with data\.image_size=16",
     ),
     "not square": (
         written_as(lambda x: x[:, :4]),
-        r"a\.npz: 8x4 pixels, and data\.image_size is 8: .*make them square",
+        r"a\.npz: 8x4 pixels, but data\.image_size is 8: .*make them square",
     ),
     "a file of another size": (
         image_of(16, 16),
-        r"last\.png: 16x16 pixels, and data\.image_size is 8: .*never resized",
+        r"last\.png: 16x16 pixels, but data\.image_size is 8: .*never resized",
     ),
     "a file that is not square": (image_of(8, 4), r"last\.png: 8x4 pixels, .*make them square"),
     "a damaged file": (
@@ -290,17 +295,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "wide integers": (written_as(lambda x: x.astype(np.int64)), r"arr_0 is int64 7 8 8 3, " + KEPT),
     "channels first": (
         written_as(lambda x: x.transpose(0, 3, 1, 2)),
-        r"arr_0 is uint8 7 3 8 8, " + KEPT + "the channels",
+        r"arr_0 is uint8 7 3 8 8, " + KEPT + "channels must",
     ),
-    "grey": (written_as(lambda x: x[..., 0]), r"arr_0 is uint8 7 8 8, " + KEPT + "grey images need"),
-    "one channel": (written_as(lambda x: x[..., :1]), r"arr_0 is uint8 7 8 8 1, " + KEPT + "grey images need"),
+    "grey": (written_as(lambda x: x[..., 0]), r"arr_0 is uint8 7 8 8, " + KEPT + "repeat the channel of grey"),
+    "one channel": (
+        written_as(lambda x: x[..., :1]),
+        r"arr_0 is uint8 7 8 8 1, " + KEPT + "repeat the channel of grey",
+    ),
     "alpha": (written_as(lambda x: x.repeat(2, 3)[..., :4]), r"arr_0 is uint8 7 8 8 4, " + KEPT + "write RGB images"),
     "flat": (written_as(lambda x: x.reshape(7, -1)), r"arr_0 is uint8 7 192, " + KEPT + "write RGB images"),
-    "Fortran's order": (written_as(np.asfortranarray), r"arr_0 is in Fortran's order: write numpy\.ascontiguousarray"),
+    "Fortran's order": (written_as(np.asfortranarray), r"arr_0 is in Fortran order: save numpy\.ascontiguousarray"),
     "objects": (pickled, r"arr_0 holds Python objects, which are never loaded"),
     "other arrays": (
         lambda root: saved(root / "a.npz", images=PIXELS, y=LABELS),
-        r"a\.npz: there is no arr_0 in it, but images, y: images are arr_0, uint8 N 8 8 3, as numpy\.savez",
+        r"a\.npz: it has no arr_0, but images, y: images must be arr_0, uint8 N 8 8 3, as numpy\.savez",
     ),
     "many arrays": (
         lambda root: saved(root / "a.npz", **{f"x{i}": PIXELS for i in range(7)}),
@@ -308,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no arrays": (
         lambda root: write_zip(root / "a.npz", {}),
-        r"there is no arr_0 in it, but nothing: images are arr_0",
+        r"it has no arr_0, but nothing: images must be arr_0",
     ),
     "text": (
         lambda root: write_folder(root, {"a.npz": b"text"}) / "a.npz",
@@ -316,32 +324,35 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "cut off": (
         lambda root: cut(root, 0.5),
-        r"a\.npz: it cannot be read \(.*\): where it is damaged or cut off, copy it",
+        r"a\.npz: it cannot be read \(.*\): if it is damaged or truncated, copy it",
     ),
     "cut off at its end": (lambda root: cut(root, 0.99), r"a\.npz: it cannot be read"),
     "a bit flipped": (flipped, r"a\.npz: it cannot be read \(Bad CRC-32 for file 'arr_0\.npy'\)"),
-    "fewer bytes than it says": (too_few_bytes, r"arr_0 is said to be uint8 1000000000000 8 8 3, but has 1,344 bytes"),
-    "too few labels": (written_as(lambda x: x, LABELS[:5]), r"arr_1 is int64 5, not 7 integers, one class an image"),
+    "fewer bytes than it says": (
+        too_few_bytes,
+        r"the header of arr_0 says uint8 1000000000000 8 8 3, but it has 1,344 bytes",
+    ),
+    "too few labels": (written_as(lambda x: x, LABELS[:5]), r"arr_1 is int64 5, not 7 integers, one class per image"),
     "labels in a column": (written_as(lambda x: x, LABELS[:, None]), r"arr_1 is int64 7 1, not 7 integers"),
     "labels of floats": (written_as(lambda x: x, LABELS * 1.0), r"arr_1 is float64 7, not 7 integers"),
     "labels of text": (written_as(lambda x: x, np.array(["cat"] * 7)), r"arr_1 is <U3 7, not 7 integers"),
     "labels of objects": (written_as(lambda x: x, np.array(["cat"] * 7, object)), r"arr_1 holds Python objects"),
     "labels from 1 on": (
         written_as(lambda x: x, LABELS + 1),
-        r"image 0 is of class 3 in arr_1, and there are 3 classes from 0 on \(the first class is 0, not 1\): leave",
+        r"image 0 has class 3 in arr_1, but the 3 classes are numbered from 0 \(the first class is 0, not 1\): leave",
     ),
-    "a label below 0": (written_as(lambda x: x, LABELS - 1), r"image 1 is of class -1 in arr_1"),
+    "a label below 0": (written_as(lambda x: x, LABELS - 1), r"image 1 has class -1 in arr_1"),
     "a huge label": (
         written_as(lambda x: x, LABELS.astype(np.uint64) + np.uint64(2**63)),
-        r"image 0 is of class 9223372036854775810 ",
+        r"image 0 has class 9223372036854775810 ",
     ),
     "an unknown class": (
         lambda root: write_folder(root, in_classes() | {"lion/1.png": png(PIXELS[0])}),
-        r"lion/1\.png is of class lion, which is none of the 3 classes, cat, dog, fox: rename the class, or put all",
+        r"lion/1\.png has class lion, which is not one of the 3 classes, cat, dog, fox: rename the class, or put all",
     ),
     "a number of no class": (
         lambda root: write_folder(root, {"0/1.png": png(PIXELS[0]), "3/1.png": png(PIXELS[0])}),
-        r"3/1\.png is of class 3, which is none of the 3 classes",
+        r"3/1\.png has class 3, which is not one of the 3 classes",
     ),
 }
 
@@ -358,7 +369,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(case: str, tmp_path: Pat
 
 def test_the_first_image_is_met_before_any_other_work(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{i}.png": png(np.zeros((16, 16, 3), np.uint8)) for i in range(2)})
-    with pytest.raises(ValueError, match=r"0\.png: 16x16 pixels, and data\.image_size is 8"):
+    with pytest.raises(ValueError, match=r"0\.png: 16x16 pixels, but data\.image_size is 8"):
         opened(tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_a_list_says_which_files_are_images_and_of_what_number(
     assert images.classes == ("0", "2")  # numbers without names are names: there is no class without images
     assert reds(images) == [("2", 20), ("0", 10)]
     assert all(images.stamps)
-    assert images.notes == [f"passed over: 1 in no line of {name} (such as 3.png)"]
+    assert images.notes == [f"skipped: 1 not listed in {name} (such as 3.png)"]
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -93,7 +93,7 @@ def test_numbers_of_a_list_are_lines_of_the_list_of_classes(tmp_path: Path, name
 def test_a_number_that_no_class_has_is_refused(tmp_path: Path, name: str) -> None:
     folder = listed_folder(tmp_path, name, [("2.png", 1), ("a/1.png", 2)])
     (folder / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match=r"a/1\.png: its label \d+ is none of the 2 classes"):
+    with pytest.raises(ValueError, match=r"a/1\.png: its label \d+ is not one of the 2 classes"):
         opened(folder)
 
 
@@ -112,7 +112,7 @@ def test_an_image_without_a_label_beside_others_has_no_class_which_is_said(
     images = opened(listed_folder(tmp_path, name, [("a/1.png", "cat"), ("2.png", label)]))
     assert images.classes == ("cat",)
     assert images.labels.tolist() == [0, NO_CLASS]
-    assert "1 image has no class (such as 2.png): trained as images without one" in images.notes
+    assert "1 image has no class (such as 2.png): they train as unlabelled images" in images.notes
 
 
 @pytest.mark.parametrize(("label", "expected"), [(2, "2"), (2.0, "2"), (True, "true"), (" x ", "x"), ("007", "007")])
@@ -138,7 +138,7 @@ def test_captions_are_no_classes_and_images_without_folders_are_one_class(tmp_pa
     )
     images = opened(tmp_path)
     assert reds(images) == [("images", 20), ("images", 30)]
-    assert images.notes == ["no image has a class: all are one, images, for a model without classes"]
+    assert images.notes == ["no image has a class: all get one class, images, for an unconditional model"]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
@@ -220,7 +220,9 @@ def test_a_class_without_images_is_said(root: Path) -> None:
 def test_labels_that_begin_at_1_are_refused_with_the_reason(tmp_path: Path) -> None:
     folder = listed_folder(tmp_path, "metadata.csv", [("2.png", 1), ("a/1.png", 2)])
     (folder / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match=r"label 2 is none of the 2 classes from 0 on \(the first class is 0, not 1\)"):
+    with pytest.raises(
+        ValueError, match=r"label 2 is not one of the 2 classes, numbered from 0 \(the first class is 0, not 1\)"
+    ):
         opened(folder)
 
 
@@ -241,7 +243,7 @@ def test_where_a_data_set_has_no_labels_its_folders_are_the_classes(root: Path, 
 @pytest.mark.parametrize("outside", ["../1.png", "a/../../1.png", "/1.png"])
 def test_a_list_does_not_lead_out_of_its_folder(tmp_path: Path, name: str, outside: str) -> None:
     (tmp_path / "1.png").write_bytes(picture(99))
-    with pytest.raises(ValueError, match=f"{name}: .*leads out of the folder"):
+    with pytest.raises(ValueError, match=f"{name}: .*is outside the folder"):
         opened(listed_folder(tmp_path / "images", name, [(outside, 0)]))
 
 

@@ -27,7 +27,7 @@ def test_one_top_folder_is_entered_which_is_said(tmp_path: Path, prefix: str, sp
     assert images.classes == ("dog", "cat")
     assert reds(images) == REDS
     top = prefix.split("/")[0]
-    assert images.notes[0] == f"all images lie in {top}: its folders are the classes"
+    assert images.notes[0] == f"all images are in {top}: its folders are the classes"
 
 
 def test_a_folder_that_is_the_only_class_is_not_entered(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path: Path, parts: tu
     for part in parts:
         write_folder(tmp_path / prefix / part, PICTURES)
     with pytest.raises(
-        ValueError, match=rf"look like parts of a data set.*data\.source={tmp_path}/{prefix}{parts[0]};"
+        ValueError, match=rf"look like splits of a data set.*data\.source={tmp_path}/{prefix}{parts[0]};"
     ):
         opened(tmp_path)
     assert reds(opened(tmp_path / prefix / parts[0])) == REDS
@@ -64,7 +64,7 @@ def test_parts_in_a_zip_file_are_read_by_the_url_that_is_suggested(tmp_path: Pat
 
 def test_parts_without_classes_are_refused_too(tmp_path: Path) -> None:
     write_folder(tmp_path, inside("train") | {"test/1.png": picture(1)})
-    with pytest.raises(ValueError, match="test, train look like parts"):
+    with pytest.raises(ValueError, match="test, train look like splits"):
         opened(tmp_path)
 
 
@@ -80,8 +80,8 @@ def test_images_in_one_flat_folder_are_one_class_which_is_said(tmp_path: Path, s
     images = opened(spread(write_folder(tmp_path / "images", contents)))
     assert reds(images) == [("images", 1), ("images", 2)]
     assert images.notes == [
-        "passed over: 1 .txt (such as notes.txt)",
-        "no image has a class: all are one, images, for a model without classes",
+        "skipped: 1 .txt (such as notes.txt)",
+        "no image has a class: all get one class, images, for an unconditional model",
     ]
 
 
@@ -90,7 +90,7 @@ def test_images_beside_class_folders_have_no_class_which_is_said(root: Path, spr
     images = opened(spread(root))
     assert images.classes == ("cat", "dog")
     assert images.labels[list(images.keys).index("top.png")] == NO_CLASS
-    assert images.notes == ["1 image has no class (such as top.png): trained as images without one"]
+    assert images.notes == ["1 image has no class (such as top.png): they train as unlabelled images"]
     before = images.fingerprint()
     (root / "top.png").rename(root / "cat" / "top.png")
     assert opened(root).fingerprint() != before
@@ -119,7 +119,7 @@ def test_a_folder_of_which_nothing_is_read_is_no_class_and_said(root: Path) -> N
     write_folder(root, {"bird/1.heic": b"\0\0\0\x18ftypheic", "bird/2.heic": b"\0\0\0\x18ftypheic"})
     images = opened(root)
     assert images.classes == ("cat", "dog")
-    assert images.notes == ["passed over: 2 .heic (such as bird/1.heic), 1 without images (folders) (such as bird)"]
+    assert images.notes == ["skipped: 2 .heic (such as bird/1.heic), 1 without images (folders) (such as bird)"]
 
 
 def test_archives_beside_class_folders_are_passed_over_and_counted(root: Path) -> None:
@@ -129,9 +129,9 @@ def test_archives_beside_class_folders_are_passed_over_and_counted(root: Path) -
     )
     images = opened(root)
     assert images.classes == ("cat", "data", "dog")
-    expected = "passed over: 2 .parquet (such as data/x.parquet), 1 .tar (such as images.tar), 1 .zip (such as a.zip)"
-    assert sorted(images.notes[0].removeprefix("passed over: ").split(", ")) == sorted(
-        expected.removeprefix("passed over: ").split(", ")
+    expected = "skipped: 2 .parquet (such as data/x.parquet), 1 .tar (such as images.tar), 1 .zip (such as a.zip)"
+    assert sorted(images.notes[0].removeprefix("skipped: ").split(", ")) == sorted(
+        expected.removeprefix("skipped: ").split(", ")
     )
 
 
@@ -172,5 +172,5 @@ def test_two_members_of_one_name_in_a_zip_file_are_refused(tmp_path: Path) -> No
 
 def test_folders_that_are_written_with_backslashes_are_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "1.zip", {"cat\\1.png": picture(1), "dog\\1.png": picture(2)})
-    with pytest.raises(ValueError, match=r"1\.zip: its folders are written with \\"):
+    with pytest.raises(ValueError, match=r"1\.zip: its paths have \\"):
         opened(path)

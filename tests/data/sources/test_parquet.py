@@ -36,8 +36,8 @@ def test_names_of_classes_are_those_of_the_schema(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "names", "reason"),
     [
-        ([0, -1], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is none of the 2 classes"),
-        ([0, 2], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is none of the 2 classes"),
+        ([0, -1], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is not one of the 2 classes"),
+        ([0, 2], ["cat", "dog"], r"1\.parquet/000001: its label -?\d+ is not one of the 2 classes"),
     ],
 )
 def test_rows_without_a_class_are_refused(tmp_path: Path, labels: list[int], names: list[str], reason: str) -> None:
@@ -65,7 +65,9 @@ def test_a_table_without_images_or_labels_is_refused_with_its_columns(tmp_path: 
     with pytest.raises(ValueError, match=r"1\.parquet: needs a column of images.* it has text, label"):
         opened(tmp_path)
     path = write_parquet(tmp_path / "2.parquet", [picture(0)], [0], label="kind")
-    with pytest.raises(ValueError, match=r"2\.parquet: needs .* or data\.label_column=kind, say; it has image, kind"):
+    with pytest.raises(
+        ValueError, match=r"2\.parquet: needs .* or data\.label_column=kind, for example; it has image, kind"
+    ):
         opened(path)
     assert reds(opened(path, label_column="kind")) == [("0", 0)]
     with pytest.raises(ValueError, match=r"data\.image_column = text: no column of images; it has image, kind"):
@@ -130,14 +132,16 @@ def test_a_label_that_is_no_class_is_refused_by_column_row_and_value(
 def test_of_several_columns_of_images_one_is_chosen_by_its_name(tmp_path: Path) -> None:
     columns = {"mask": pa.array([picture(1)]), "photo": pa.array([picture(2)]), "label": [0], "fine_label": [7]}
     pq.write_table(pa.table(columns), tmp_path / "1.parquet")
-    with pytest.raises(ValueError, match=r"2 columns hold images, mask, photo: give data\.image_column=mask, say"):
+    with pytest.raises(
+        ValueError, match=r"2 columns hold images, mask, photo: give data\.image_column=mask, for example"
+    ):
         opened(tmp_path)
     assert reds(opened(tmp_path, image_column="photo")) == [("0", 2)]
     assert reds(opened(tmp_path, image_column="mask", label_column="fine_label")) == [("7", 1)]
     pq.write_table(pa.table({**columns, "image": pa.array([picture(3)])}), tmp_path / "1.parquet")
     images = opened(tmp_path)
     assert reds(images) == [("0", 3)]
-    assert images.notes == ["the images are those of the column image, the classes of label"]
+    assert images.notes == ["images are read from column image, classes from label"]
 
 
 def test_a_file_of_no_rows_is_read_beside_others(tmp_path: Path) -> None:

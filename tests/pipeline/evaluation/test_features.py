@@ -126,7 +126,7 @@ def test_features_that_are_not_finite_are_refused_with_the_image(
 
 
 def test_fewer_than_two_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="some images: 1 of 2 images could be read: two are needed at least"):
+    with pytest.raises(ValueError, match="some images: only 1 of 2 images could be read: at least 2 needed"):
         compute(pictures(2, broken=(0,)), tmp_path)
 
 
@@ -136,5 +136,5 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     payload = bytearray(file.read_bytes())
     payload[-5] ^= 1
     file.write_bytes(payload)
-    with pytest.raises(ValueError, match=r"some-images-.*: damaged: delete it, and the features are computed again"):
+    with pytest.raises(ValueError, match=r"some-images-.*: damaged: delete it to compute the features again"):
         compute(pictures(), tmp_path)

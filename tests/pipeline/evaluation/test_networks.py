@@ -317,7 +317,7 @@ def test_auto_knows_a_network_by_its_weights(monkeypatch: pytest.MonkeyPatch, tm
     assert open_network("auto", file, CPU).name == "DINOv2"
     file.write_bytes(b"something else")
     with pytest.raises(
-        ValueError, match=r"mine.bin, of SHA-256 [0-9a-f]{12}\.\.\., is none of weights-inception.*works without"
+        ValueError, match=r"mine.bin, with SHA-256 [0-9a-f]{12}\.\.\., is none of weights-inception.*works without"
     ):
         open_network("auto", file, CPU)
     with pytest.raises(ValueError, match=r"^evaluate.weights: there is no file .*absent; .*works without"):
@@ -451,7 +451,7 @@ def test_a_download_of_another_file_leaves_nothing(
 ) -> None:
     tiny(monkeypatch, url=server.url)
     server.payload = b"<html>log in</html>"
-    refused(cache, r"what was downloaded is not the published dinov2_vitl14_pretrain.pth: its SHA-256 is [0-9a-f]{12}")
+    refused(cache, r"the downloaded file is not the published dinov2_vitl14_pretrain.pth: its SHA-256 is [0-9a-f]{12}")
 
 
 def test_a_download_of_what_is_gone_leaves_nothing(

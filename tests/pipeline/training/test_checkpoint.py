@@ -75,7 +75,7 @@ def test_files_are_byte_for_byte_those_of_the_library(tmp_path: Path) -> None:
     tensors = {
         f"{name} é {kind}": (normals(3, 4, 2, 2, seed=seed).contiguous(memory_format=torch.channels_last) * 9).to(kind)
         for name in "ba"
-        for seed, kind in enumerate(checkpoint._KINDS)
+        for seed, kind in enumerate(checkpoint._DTYPES)
     }
     tensors |= {"step": torch.tensor(7.0), "empty": torch.zeros(0, 3)}
     expected = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})

@@ -31,7 +31,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.latents import _columns
 from pipeline.noise import NoiseProcess, _alphas_cumprod
-from pipeline.sampling import draw, guided, image_generators, make_scheduler
+from pipeline.sampling import classifier_free_guidance, image_generators, make_scheduler, sampling_loop
 from pipeline.training.distributed import connect
 from pipeline.training.trainer import Trainer
 from pipeline.vae import FrozenVae, to_images, to_pixels
@@ -111,7 +111,7 @@ class Ahead:
 @pytest.fixture(params=[("resident", "adamw"), ("mapped", "muon")], ids=lambda pair: pair[1])
 def trainer(world: World, tmp_path: Path, gpu: None, monkeypatch: pytest.MonkeyPatch, request: Any) -> Trainer:
     access, optimizer = request.param
-    monkeypatch.setattr(data.loader, "_Ahead", Ahead)
+    monkeypatch.setattr(data.loader, "_Prefetcher", Ahead)
     config = load_config(world.config, ["train.precision=bf16", f"train.optimizer={optimizer}"])
 
     def opened(config: Config, cache: LatentCache, *_: Any) -> LatentLoader:
@@ -162,7 +162,7 @@ def test_it_samples(trainer: Trainer, sampler: str, schedule: str, prediction: s
             scheduler.set_begin_index(0)
     labels = torch.zeros(2, dtype=torch.int64, device=GPU)
     places = {"shape": (4, 4, 4), "generators": image_generators(0, [0, 1]), "device": GPU}
-    assert draw(guided(trainer.model, labels, 2.0), scheduler, **places).device == GPU
+    assert sampling_loop(classifier_free_guidance(trainer.model, labels, 2.0), scheduler, **places).device == GPU
 
 
 def test_tensors_of_two_devices_and_a_value_that_is_asked_for_are_found(gpu: None) -> None:

@@ -20,8 +20,11 @@ def test_fine_tuning_begins_with_the_average_of_another_run(world: World, tmp_pa
         "train", world.config, tmp_path, f"train.init={world.run}", "train.images=4", "train.lr=1e-12", "train.seed=5",
         "model.dropout=0",
     )  # fmt: skip
-    assert f"beginning with averaged weights and normalisation of {world.run / 'checkpoints' / '000000048'}" in printed
-    assert "table" not in printed
+    assert (
+        f"starting from the averaged weights and the normalisation of {world.run / 'checkpoints' / '000000048'}"
+        in printed
+    )
+    assert "class embeddings" not in printed
     expected = weights_of(world.run, 48)
     assert all(torch.allclose(value, expected[name], atol=1e-9) for name, value in weights_of(tmp_path, 4).items())
 
@@ -32,7 +35,7 @@ def test_fine_tuning_on_other_classes_has_a_new_table_and_the_rest_of_the_weight
     succeed("encode", world.config, tmp_path, *overrides)
     more = (f"train.init={world.run}", "train.images=4", "train.lr=1e-12")
     printed = succeed("train", world.config, tmp_path / "run", *overrides, *more)
-    assert "3 classes, not its 2: their table is new" in printed
+    assert "3 classes, not its 2: new class embeddings" in printed
     ours, theirs = weights_of(tmp_path / "run", 4), weights_of(world.run, 48)
     table = "classes.weight"
     assert ours[table].shape[0] == 4
@@ -59,7 +62,7 @@ def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_pa
     shutil.copytree(world.run, tmp_path / "copy")
     flip_a_byte(tmp_path / "copy" / "checkpoints" / "000000048")
     printed = succeed("train", world.config, tmp_path / "run", f"train.init={tmp_path / 'copy'}", "train.images=4")
-    assert "passed over" in printed
+    assert "skipped" in printed
     assert "checkpoints/000000032" in printed
 
 
@@ -68,7 +71,7 @@ def test_fine_tuning_passes_over_a_damaged_checkpoint_aloud(world: World, tmp_pa
     [
         ("model.blocks=2", "model.blocks is 1, this run has 2"),
         ("noise.prediction=v", "noise.schedule is flow, this run has cosine"),
-        ("train.init=nowhere", "no whole checkpoint in nowhere"),
+        ("train.init=nowhere", "no intact checkpoint in nowhere"),
     ],
 )
 def test_fine_tuning_from_another_kind_of_model_is_refused(
@@ -100,7 +103,7 @@ def test_an_average_of_another_width_can_be_sampled_and_fine_tuned_but_not_conti
     succeed("train", world.config, tmp_path / "tuned", f"train.init={made}", "train.images=4")
     result = run_stage("train", world.config, made, "train.ema=power", "train.images=96")
     assert result.exit_code == 2
-    assert "holds an average alone" in result.stderr
+    assert "holds averaged weights only" in result.stderr
 
 
 def test_an_average_is_never_written_over_a_run_or_hidden_by_a_later_one(world: World, tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_an_average_is_never_written_over_a_run_or_hidden_by_a_later_one(world: 
     assert ema("--images", "32").exit_code == 0
     assert (tmp_path / "run-ema0.1-32" / "checkpoints" / "000000032").is_dir()
     (run / "averages" / "000000016" / "state.json").write_text("{}", encoding="utf-8")
-    assert "passed over" in ema("--to", str(tmp_path / "without the first")).stdout
+    assert "skipped" in ema("--to", str(tmp_path / "without the first")).stdout
     (run / "averages" / "000000048" / "state.json").write_text("{}", encoding="utf-8")
     assert ema("--to", str(tmp_path / "without the last")).exit_code == 2
 

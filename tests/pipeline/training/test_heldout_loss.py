@@ -110,13 +110,13 @@ def test_all_images_are_drawn_alike_often_or_some_at_equal_distances(count: int)
 
 @pytest.mark.parametrize("noise", PROCESSES, ids=str)
 def test_the_density_of_timesteps_is_that_of_the_draws(noise: NoiseProcess) -> None:
-    drawn = noise.draw_times(200_000, torch.Generator().manual_seed(0))
+    drawn = noise.draw_timesteps(200_000, torch.Generator().manual_seed(0))
     shares = noise_level(drawn).bincount() / len(drawn)
-    grid = noise.times_at((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
-    density = noise_level(grid).bincount(noise.time_density(grid)) / len(grid)
+    grid = noise.timesteps_at((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
+    density = noise_level(grid).bincount(noise.timestep_density(grid)) / len(grid)
     assert density.sum() == pytest.approx(1, abs=1e-4)
     assert density.tolist() == pytest.approx(shares.tolist(), abs=4e-3)
-    assert noise.time_density(noise.times_at(torch.tensor([0.0, 1.0]))).isfinite().all()
+    assert noise.timestep_density(noise.timesteps_at(torch.tensor([0.0, 1.0]))).isfinite().all()
 
 
 # The loss.
@@ -134,7 +134,7 @@ def test_the_best_model_of_gaussian_latents_has_the_loss_that_can_be_computed(no
 
     model = Known(lambda x, times: coefficients(times)[2] * x)
     total, by_noise = measure(held_out(noise, mean=3, std=2), model, Normalization((3.0,) * 4, (2.0,) * 4))
-    times = noise.draw_times(400_000, torch.Generator().manual_seed(0))
+    times = noise.draw_timesteps(400_000, torch.Generator().manual_seed(0))
     alpha, sigma, factor = (each.flatten() for each in coefficients(times))
     variance = 2 if noise.prediction == "flow" else 1
     expected = variance - factor**2 * (alpha**2 + sigma**2)
@@ -226,7 +226,7 @@ def test_a_run_logs_the_held_out_loss_at_every_preview_and_learns_the_same(
         assert len(line["heldout_loss_by_noise"]) == LEVELS
         assert f"train: {line['images_seen']} of 48 images   held-out loss {line['heldout_loss']:.4f}\n" in printed
     assert held[-1]["heldout_loss"] < held[0]["heldout_loss"]
-    assert "train: held-out loss at 1,024 fixed draws of 12 images, " in printed
+    assert "train: held-out loss on 1,024 fixed draws from 12 images, " in printed
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     for name, key in (("heldout_loss", None), ("heldout_loss_by_noise/9", 9)):
@@ -271,7 +271,9 @@ def test_a_log_that_lacks_lines_is_told_by_those_of_training(
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(line for line in lines if "heldout_loss" in line), encoding="utf-8")
     printed = succeed("train", world.config, run, *settings(caches, "train.images=56"))
-    assert f"train: {run / 'log.jsonl'} lacks lines: that at 48 images, and perhaps others before it\n" in printed
+    assert (
+        f"train: {run / 'log.jsonl'}: lines are missing: that at 48 images, and perhaps others before it\n" in printed
+    )
 
 
 def test_other_held_out_images_are_told_by_the_lines(
@@ -333,7 +335,7 @@ def damaged(root: Path) -> None:
         (no_cache, "data.heldout = others: no finished cache of these images at {}: run encode first"),
         (other_vae, "{}/manifest.json: its vae is '000000"),
         (other_classes, "{}/manifest.json: its classes is ('cat', 'owl'), that of "),
-        (damaged, "damaged: its SHA-256 is not that of what was written"),
+        (damaged, "damaged: its SHA-256 is not the recorded one"),
     ],
 )
 def test_held_out_latents_that_are_not_there_or_of_another_kind_are_refused_in_one_line(

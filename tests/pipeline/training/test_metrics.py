@@ -112,7 +112,7 @@ def test_what_is_for_people_to_look_at_never_stops_a_run(
 
     monkeypatch.setattr(f"pipeline.training.{function}", fail)
     said = succeed("train", world.config, tmp_path).splitlines()
-    warnings = [line for line in said if "training goes on without it" in line]
+    warnings = [line for line in said if "training continues without it" in line]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"train: {part}: {type(error).__name__}: ")
     assert tree(tmp_path / "checkpoints") == tree(world.run / "checkpoints")
@@ -128,7 +128,7 @@ def test_a_tracker_that_fails_is_asked_no_more(
         for step in (1, 2):
             tracker.log({"images_seen": step, "loss": 0.5})
     assert len(asked) == 1
-    assert capsys.readouterr().out.count("training goes on without it") == 1
+    assert capsys.readouterr().out.count("training continues without it") == 1
 
 
 def test_a_preview_that_a_crash_has_prevented_is_drawn_by_the_next_run(world: World, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_server_that_does_not_answer_does_not_disturb_a_run(world: World, tmp_
         cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "going on offline" in done.stdout
+    assert "continuing offline" in done.stdout
     assert tree(tmp_path / "run" / "checkpoints") == tree(world.run / "checkpoints")
     run_id = json.loads((tmp_path / "run" / "wandb.json").read_text(encoding="utf-8"))["id"]
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) == 1

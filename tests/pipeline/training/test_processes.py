@@ -160,8 +160,8 @@ def test_a_second_ctrl_c_leaves_at_once_without_a_trace(world: World, alone: Pat
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)
         printed = finish(process, 130)
-    assert "once more leaves at once" in printed
-    assert "SIGINT: left at once" in printed
+    assert "press Ctrl-C again to stop at once" in printed
+    assert "SIGINT: stopped at once" in printed
     assert "SIGINT: saved" not in printed
     assert "Traceback" not in printed
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000100"]
@@ -216,7 +216,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_batch(world: Worl
 def test_what_one_process_reads_as_not_a_number_stops_both_before_the_update(world: World, tmp_path: Path) -> None:
     overrides = ("train.images=48", "train.checkpoint_every=8")
     printed = finish(start(world, tmp_path, 2, overrides, module="tests.helpers.poisoned"), code=1)
-    assert "step 6: the gradient is NaN or infinite; the loss is so for 1 of the 2 images of process 1 (" in printed
+    assert "step 6: the gradient is NaN or infinite; so is the loss of 1 of the 2 images of process 1 (" in printed
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["000000008", "000000016"]
 
 

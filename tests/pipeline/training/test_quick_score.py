@@ -42,7 +42,7 @@ def test_a_score_is_logged_when_it_is_due_and_the_run_learns_the_same(
     assert [line["images_seen"] for line in lines] == [16, 32, 48]
     assert all(math.isfinite(line["KD-Means"]) for line in lines)
     assert all(line["score_interval"][0] < line["KD-Means"] < line["score_interval"][1] for line in lines)
-    assert "a quick score of 40 samples against 11 images" in said
+    assert "quick score: 40 samples against 11 images" in said
     assert "KD-Means x1000" in said
     assert (tmp_path / "run" / "curves.png").is_file()
     plain, scored = (weights_of(run, 48) for run in (world.run, tmp_path / "run"))

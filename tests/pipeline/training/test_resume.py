@@ -15,7 +15,7 @@ from data.cache.manifest import MANIFEST, Manifest
 from pipeline.config import Train
 from pipeline.config_file import load_config
 from pipeline.latents import Normalization
-from pipeline.optim import lr_course
+from pipeline.optim import lr_breakpoints
 from pipeline.training.checkpoint import newest_checkpoint
 from tests.helpers.world import BROKEN, World, make_images, run_stage, state_of, succeed, tree
 
@@ -207,7 +207,7 @@ def test_a_run_whose_cache_was_extended_or_retried_is_shown_the_way_by_train_ini
     result = run_stage("train", world.config, run, cache, source)
     assert result.exit_code == 2
     assert "its cache's " in result.stderr
-    assert f"with train.init={run} it begins with the weights of this one" in result.stderr
+    assert f"with train.init={run} to start from the weights of this one" in result.stderr
     succeed("train", world.config, tmp_path / "tuned", cache, source, f"train.init={run}", SHORT)
 
 
@@ -241,9 +241,9 @@ def test_sampling_needs_no_cache(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ("trapezoid", "it was 0.00063, rises to 0.001 at 16, stays so until 28, falls to 0 at 48 images"),
+        ("trapezoid", "it was 0.00063, rises to 0.001 at 16, stays there until 28, falls to 0 at 48 images"),
         ("cosine", "it was 0.00025, rises to 0.00083 at 16, falls to 0 at 48 images"),
-        ("constant", "it was 0.001, stays so until 48 images"),
+        ("constant", "it was 0.001, stays there until 48 images"),
     ],
 )
 def test_a_finished_run_that_grows_says_what_the_learning_rate_does_now(
@@ -256,10 +256,10 @@ def test_a_finished_run_that_grows_says_what_the_learning_rate_does_now(
 
 def test_the_course_of_the_learning_rate_has_its_ends_and_bends() -> None:
     options = {"peak": 1.0, "images": 1000, "warmup": 100, "decay": 0.4}
-    assert lr_course(0, schedule="trapezoid", **options) == [(0, 0.01), (100, 1), (600, 1), (1000, 0)]
-    assert lr_course(800, schedule="trapezoid", **options) == [(800, 0.5), (1000, 0)]
-    assert lr_course(500, schedule="constant", **options) == [(500, 1), (1000, 1)]
-    assert lr_course(550, schedule="cosine", **options)[0] == (550, pytest.approx(0.5))
+    assert lr_breakpoints(0, schedule="trapezoid", **options) == [(0, 0.01), (100, 1), (600, 1), (1000, 0)]
+    assert lr_breakpoints(800, schedule="trapezoid", **options) == [(800, 0.5), (1000, 0)]
+    assert lr_breakpoints(500, schedule="constant", **options) == [(500, 1), (1000, 1)]
+    assert lr_breakpoints(550, schedule="cosine", **options)[0] == (550, pytest.approx(0.5))
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_refused(world: World, tmp_path: Path) -> None:

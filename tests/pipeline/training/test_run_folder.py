@@ -76,7 +76,7 @@ def test_a_run_without_its_checkpoints_begins_anew_and_nothing_of_the_old_one_is
     for number in (1, 2):
         shutil.rmtree(run / "checkpoints")
         printed = succeed("train", world.config, run, *(() if number == 1 else first))
-        assert f"no checkpoint in {run}, so it begins anew" in printed
+        assert f"no checkpoint in {run}: starting from scratch" in printed
         for name in ("log.jsonl", "previews", "config.yaml"):
             assert f"{name}.{number}" in printed
     assert load_config(run / "config.yaml").train.seed == 1
@@ -112,7 +112,7 @@ def test_a_config_that_somebody_wrote_is_kept_with_its_comments(
     printed = succeed("train", mine, run, *overrides)
     kept = run / ("config.yaml.1" if overrides else "config.yaml")
     assert kept.read_text(encoding="utf-8") == text
-    assert (f"{mine} said something else: it is now {kept.name}" in printed) == bool(overrides)
+    assert (f"{mine} had other contents: it is now {kept.name}" in printed) == bool(overrides)
     assert load_config(run / "config.yaml").train.images == (16 if overrides else 48)
 
 
@@ -154,7 +154,7 @@ def test_damage_to_any_file_of_a_run_is_said_and_ends_in_the_same_bytes(world: W
         damage = cut if number % 2 or name == "log.jsonl" else flip
         (run / name).write_bytes(damage((run / name).read_bytes()))
         printed = succeed("train", world.config, run, *overrides)
-        said = any(words in printed for words in ("passed over", "is now", "left out", "lacks"))
+        said = any(words in printed for words in ("skipped", "is now", "removed", "missing"))
         assert said != name.startswith(unread), name
         after = tree(run / "checkpoints")
         for file, content in expected.items():
@@ -170,7 +170,7 @@ def test_nul_bytes_that_a_crash_left_in_the_log_are_dropped_with_a_word(
     with open(run / "log.jsonl", "ab") as log:
         log.write(zeros)
     printed = succeed("train", world.config, run)
-    assert f"left out {zeros.count(0):,} NUL bytes of {run / 'log.jsonl'}" in printed
+    assert f"removed {zeros.count(0):,} NUL bytes, left by a crash, from {run / 'log.jsonl'}" in printed
     assert [line["images_seen"] for line in log_of(run)] == [8, 16, 24, 32, 40, 48]
     assert not (run / "log.jsonl.1").exists()
 
@@ -185,7 +185,7 @@ def test_a_line_of_the_log_that_cannot_be_read_is_left_out_aloud(world: World, t
     (run / "log.jsonl").write_bytes(damaged)
     printed = succeed("train", world.config, run)
     assert (
-        f"left out line 2 of {run / 'log.jsonl'}, which cannot be read; the log as it was is now log.jsonl.1" in printed
+        f"removed line 2 of {run / 'log.jsonl'}, which cannot be read; the original log is now log.jsonl.1" in printed
     )
     assert (run / "log.jsonl.1").read_bytes() == damaged
     assert [line["images_seen"] for line in log_of(run)] == [8, 24, 32, 40, 48]
@@ -202,7 +202,7 @@ def test_a_copy_of_a_run_is_another_one_to_wandb_and_a_moved_one_is_not(
     second = wandb_id(copy)
     assert second != first
     assert wandb_id(copy) == second
-    assert capsys.readouterr().out == f"train: wandb: {copy} is a copy of {run}: it goes on as a run of its own\n"
+    assert capsys.readouterr().out == f"train: wandb: {copy} is a copy of {run}: it becomes a separate wandb run\n"
     moved = copy.rename(tmp_path / "moved")
     assert wandb_id(moved) == second
     assert wandb_id(run) == first

@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
     capsys.readouterr()
     train(config, run)
     printed = capsys.readouterr().out
-    assert f"train: passed over {damaged}" in printed
+    assert f"train: skipped {damaged}" in printed
     assert "at 16 images" in printed
     assert f"train: set aside as {damaged}.1: damaged" in printed
     assert tree(Path(f"{damaged}.1").rename(tmp_path / "aside")) == before
@@ -131,7 +131,7 @@ def test_a_streamed_run_goes_on_in_its_order_where_there_is_room_for_more(
     assert tree(tmp_path / "broken" / "checkpoints") == tree(tmp_path / "straight" / "checkpoints")
     result = run_stage("train", world.config, tmp_path / "broken", "train.images=96", "train.access=resident")
     assert result.exit_code == 2
-    assert "began in another order of images: give train.access=streamed" in result.stderr
+    assert "started with another order of images: use train.access=streamed" in result.stderr
 
 
 def change_the_vae(root: Path) -> tuple[str, ...]:
