@@ -39,7 +39,7 @@ from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Plan, VaeIdentity
 from data.cache.reader import LatentCache
 from data.cache.records import existing_plan, load_records
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from data.sources.base import Batch
 from data.sources.decode import DECODER_ERRORS, decode_image
 from data.sources.files import ImageFiles
@@ -310,7 +310,8 @@ def _writer(path: Path) -> CacheWriter:
 def _write(writer: CacheWriter, shard: int) -> None:
     rows = writer.plan.rows_of(shard)
     moments = np.random.default_rng(shard).normal(size=(len(rows), *writer.plan.row_shape))
-    writer.write(shard, moments, {rows.start: "unreadable"}, dict.fromkeys(rows, "d" * 64))
+    failures, digests = {rows.start: "unreadable"}, dict.fromkeys(rows, "d" * 64)
+    writer.write(EncodedShard(shard, np.array(rows), moments, failures, digests))
 
 
 def _checkpoint(folder: Path) -> Path:

@@ -45,7 +45,7 @@ from torch import Tensor
 from data.cache.listing import Rows
 from data.cache.manifest import Plan, VaeIdentity
 from data.cache.reader import SHARD_ROWS, LatentCache, least_shard_rows
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from data.loader import WINDOW_BYTES, WINDOW_ROWS, LatentLoader
 
 BATCH, SHUFFLE_BUFFER, WARM_UP, STEPS = 256, 5_000, 1.0, 2_000  # samples, samples, seconds, batches
@@ -174,7 +174,8 @@ def write_cache(path: Path, plan: Plan, keys: Sequence[str], labels: NDArray[np.
     writer = CacheWriter(path, plan, Rows(keys, labels, plan.classes, [""] * len(keys), np.arange(len(keys))))
     with writer.claimed():
         for shard in writer.pending():
-            writer.write(shard, values(writer.rows_to_encode(shard)), {})
+            rows = writer.rows_to_encode(shard)
+            writer.write(EncodedShard(shard, rows, values(rows), {}))
         writer.finish()
     cache = LatentCache(path)
     cache.verify()

@@ -26,6 +26,7 @@ def main(run: Path, name: str, file: Path) -> None:
         raise SystemExit(f"{run}: no checkpoint: train first")
     state, device = checkpoint.state, pick_device()
     model, vae = checkpoint.ema_model().to(device), FrozenVae(state.vae.source, device)
+    vae.check(state.vae, checkpoint.path)  # another VAE would decode to noise
 
     labels = torch.full((4,), state.classes.index(name))
     settings = Sample(steps=25, guidance=2.0, seed=0)

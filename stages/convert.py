@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, LatentCache
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from data.storage import probe
 
 
@@ -25,7 +25,7 @@ def convert(source: Path, target: Path, format_: str | None) -> None:
     other = "webdataset" if manifest.format == "zarr" else "zarr"
     plan = Plan(**{**dict(manifest.plan()), "format": format_ or other})
     writer = CacheWriter(target, plan, Rows.load(source, manifest))
-    if writer.done:
+    if writer.is_done():
         LatentCache(target).verify()
         print(f"convert: all done: {target}")
         return
@@ -40,6 +40,6 @@ def convert(source: Path, target: Path, format_: str | None) -> None:
             moments[cache.rows[start:stop] - rows[0]] = cache.read(np.arange(start, stop))
             mine = rows.tolist()
             failed = {row: failures[row] for row in mine if row in failures}
-            writer.write(shard, moments, failed, {row: digests[row] for row in mine})
+            writer.write(EncodedShard(shard, rows, moments, failed, {row: digests[row] for row in mine}))
         writer.finish()
     print(f"convert: {manifest.committed:,} images as {plan.format} in {target}")

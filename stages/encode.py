@@ -20,7 +20,7 @@ from data.cache.formats import FORMATS
 from data.cache.manifest import MANIFEST, Failure, Manifest, Plan
 from data.cache.reader import FAILURES, LatentCache
 from data.cache.records import check_plan, load_failures
-from data.cache.writer import CacheWriter, DamagedShardsError, Job
+from data.cache.writer import CacheWriter, DamagedShardsError, EncodedShard, Job
 from data.memory import host_memory
 from data.sources.base import Batch, NoImagesError, Source
 from data.sources.decode import PREPROCESSING
@@ -82,7 +82,7 @@ def _encode_part(config: Config, source: Source, vae: FrozenVae, job: Job, *, ex
     """Write the cache of the images of `source`."""
     plan, rows = plan_rows(config, source, vae, extend=extend, retry_failed=retry_failed)
     writer = CacheWriter(config.cache.path, plan, rows, job, change=extend or retry_failed)
-    if writer.done and not retry_failed:
+    if writer.is_done() and not retry_failed:
         writer.tidy()
         LatentCache(config.cache.path)  # checks that its files exist
         if job.number == 0:
@@ -151,11 +151,11 @@ def _encode_and_finish(writer: CacheWriter, source: Source, vae: FrozenVae, conf
         ThreadPoolExecutor(1) as publisher,  # hashes and writes a shard while the VAE encodes the next one
     ):
         published: Future[list[Failure]] | None = None
-        for shard, moments, failures, digests in _encode_shards(work, writer, source, vae, config, bar):
+        for shard in _encode_shards(work, writer, source, vae, config, bar):
             if published:
                 failed += published.result()
             _check_failures(failed, writer, config)
-            published = publisher.submit(writer.write, shard, moments, failures, digests)
+            published = publisher.submit(writer.write, shard)
         if published:
             failed += published.result()
         _check_failures(failed, writer, config)
@@ -200,17 +200,19 @@ def _batches(writer: CacheWriter, shard: int, size: int) -> Iterator[NDArray[np.
 
 def _encode_shards(
     work: list[_Work], writer: CacheWriter, source: Source, vae: FrozenVae, config: Config, bar: tqdm
-) -> Iterator[tuple[int, NDArray[np.floating], dict[int, str], dict[int, str]]]:
-    """Yield the number, moments `rows V 2C h w`, failures and file digests of every shard, in turn."""
+) -> Iterator[EncodedShard]:
+    """Encode the batches in `work` and yield each shard when its last batch is done."""
     workers, encoding = _plan_workers(config, vae)
     dataset = _Batches(source, [writer.rows.order[part.rows] for part in work], writer.plan, vae if encoding else None)
     loader = iter(DataLoader(dataset, batch_size=None, num_workers=min(workers, len(work))))
+    rows: list[NDArray[np.int64]] = []
     moments: list[NDArray[np.floating]] = []
     failures: dict[int, str] = {}
     digests: dict[int, str] = {}
     started = time.monotonic()
     for number, part in enumerate(work):
         batch, encoded = _next_batch(loader)
+        rows.append(part.rows)
         moments.append(_encode_batch(vae, batch, writer.plan) if encoded is None else encoded)
         row_of = dict(zip(batch.indices.tolist(), part.rows.tolist(), strict=True))
         failures |= {row_of[index]: reason for index, reason in batch.failures.items()}
@@ -222,8 +224,8 @@ def _encode_shards(
             left = (len(work) - number) * (time.monotonic() - started) / number
             tqdm.write(f"encode: about {duration(left)} left")
         if number + 1 == len(work) or work[number + 1].shard != part.shard:
-            yield part.shard, np.concatenate(moments), failures, digests
-            moments, failures, digests = [], {}, {}
+            yield EncodedShard(part.shard, np.concatenate(rows), np.concatenate(moments), failures, digests)
+            rows, moments, failures, digests = [], [], {}, {}
 
 
 def _plan_workers(config: Config, vae: FrozenVae) -> tuple[int, bool]:

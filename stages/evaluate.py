@@ -221,7 +221,9 @@ class Evaluation:
         self.rows = [self._row("samples", samples, self.work or self.run / EVAL / "features")]
         self.training = self._row(TRAINING, self.sources[0], kept)
         if len(self.sources) == 1:
-            self._notes.append("no images are held out (data.heldout), so there is no floor and no figure of the VAE")
+            self._notes.append(
+                "no images are held out (data.heldout), so there are no figures of held-out images and of the VAE"
+            )
             return
         self.rows.append(self._row(HELDOUT, self.sources[1], kept))
         heldout = heldout_path(self.config)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, SHARD_ROWS, least_shard_rows
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from data.sources.generated import SAMPLES
 from data.storage import probe, publish_json
 from data.text import digest
@@ -43,7 +43,7 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
     keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
     rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
     writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows)
-    if writer.done:
+    if writer.is_done():
         print(f"sample: all done: {folder}")
         return folder
     probe(folder, "--run")
@@ -150,7 +150,8 @@ def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, l
             for batch in _batches(writer.plan.rows_of(shard), config.sample.batch_size):
                 parts.append(_draw_batch(config.sample, checkpoint, model, device, batch, labels))
                 bar.update(len(batch))
-            writer.write(shard, torch.cat(parts)[:, None].cpu().numpy(), {})
+            moments = torch.cat(parts)[:, None].cpu().numpy()
+            writer.write(EncodedShard(shard, np.array(writer.plan.rows_of(shard)), moments, {}))
     print(f"sample: {rows:,} images in {writer.path}, {rows / (time.monotonic() - started):.1f} images/s")
 
 

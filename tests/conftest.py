@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data.cache.listing import Rows
 from data.cache.manifest import Plan, VaeIdentity
 from data.cache.reader import LatentCache
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from tests.helpers.pictures import PICTURES, SPREAD, write_folder
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def cache(tmp_path: Path, plan: Plan, rows: Rows, moments: NDArray[np.float32]) 
     with writer.claimed():
         for shard in writer.pending():
             mine = plan.rows_of(shard)
-            writer.write(shard, moments[mine.start : mine.stop], {row: "unreadable" for row in (5, 40) if row in mine})
+            failures = {row: "unreadable" for row in (5, 40) if row in mine}
+            writer.write(EncodedShard(shard, np.array(mine), moments[mine.start : mine.stop], failures))
         writer.finish()
     return LatentCache(tmp_path / "cache")
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,16 @@ class Job(NamedTuple):
         return range(self.number * shards // self.jobs, (self.number + 1) * shards // self.jobs)
 
 
+class EncodedShard(NamedTuple):
+    """Holds what was encoded for a shard: the rows that `rows_to_encode` returned, and what became of them."""
+
+    number: int
+    rows: NDArray[np.int64]
+    moments: NDArray[np.floating]  # n V 2C h w, of `rows`
+    failures: Mapping[int, str]  # row -> reason
+    digests: Mapping[int, str] = MappingProxyType({})  # row -> digest of its image file, if there is one
+
+
 class CacheWriter:
     """Writes the missing shards of its job; a crash loses only the shard that is being written.
 
@@ -77,8 +88,8 @@ class CacheWriter:
         self._may_differ = _DATA_SET if change else set()
         self._check_plan()
 
-    @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
+        """Return whether the cache is finished; this reads its manifest."""
         found = existing_plan(self.path) if (self.path / MANIFEST).exists() else None
         return found is not None and found.rows == self.plan.rows
 
@@ -99,51 +110,44 @@ class CacheWriter:
     def pending(self) -> list[int]:
         """Return the numbers of this job's shards that are not written yet."""
         missing = [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
-        return [] if self.done else missing  # checked last: a finishing job deletes the records
+        return [] if self.is_done() else missing  # checked last: a finishing job deletes the records
 
     def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
         """Return the rows of a pending shard that `write` needs moments of: all except those of an older version."""
         rows, kept = np.array(self.plan.rows_of(shard)), self._kept(shard)
         return rows if kept is None else np.setdiff1d(rows, [*kept.rows, *(f.row for f in kept.failures)])
 
-    def write(
-        self,
-        shard: int,
-        moments: NDArray[np.floating],
-        failures: Mapping[int, str],
-        digests: Mapping[int, str] | None = None,
-    ) -> list[Failure]:
+    def write(self, shard: EncodedShard) -> list[Failure]:
         """Publish one shard and return its failures.
 
-        `moments` are `rows V 2C h w`, for `rows_to_encode`; `failures` maps a row to its reason, `digests` to the
-        digest of its image file, if there is one. Rows with values that are not finite in the cache's dtype become
-        failures and are never committed.
+        Rows with values that are not finite in the cache's dtype become failures and are never committed.
         """
-        rows, fresh, kept = self.plan.rows_of(shard), self.rows_to_encode(shard), self._kept(shard)
-        values = np.full((len(rows), *self.plan.row_shape), np.nan, self.plan.dtype)
+        number, rows, moments, failures, digests = shard
+        every, kept = self.plan.rows_of(number), self._kept(number)
+        values = np.full((len(every), *self.plan.row_shape), np.nan, self.plan.dtype)
         with np.errstate(over="ignore"):  # an overflow is found below and becomes a failure
-            values[fresh - rows.start] = moments
-        broken = fresh[~np.isfinite(values[fresh - rows.start]).all(axis=(1, 2, 3, 4))]
+            values[rows - every.start] = moments
+        broken = rows[~np.isfinite(values[rows - every.start]).all(axis=(1, 2, 3, 4))]
         reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
         if kept and kept.rows:
-            values[np.array(kept.rows, np.int64) - rows.start] = self._kept_values(shard, kept)
+            values[np.array(kept.rows, np.int64) - every.start] = self._kept_values(number, kept)
         reasons |= {failure.row: failure.reason for failure in kept.failures} if kept else {}
-        labels = self.rows.labels[rows.start : rows.stop].copy()
-        labels[[row - rows.start for row in reasons]] = FAILED
-        payload = self._format.encode_shard(self.plan, shard, values, labels)
-        file = self._format.shard_file(shard)
+        labels = self.rows.labels[every.start : every.stop].copy()
+        labels[[row - every.start for row in reasons]] = FAILED
+        payload = self._format.encode_shard(self.plan, number, values, labels)
+        file = self._format.shard_file(number)
         publish(self.path / file, payload)
         failed = [
             Failure(row=row, key=printable(self.rows.keys[row]), reason=printable(reasons[row]))
             for row in sorted(reasons)
         ]
-        known = {**(dict(zip(kept.rows, kept.digests, strict=True)) if kept else {}), **(digests or {})}
+        known = {**(dict(zip(kept.rows, kept.digests, strict=True)) if kept else {}), **digests}
         record = ShardRecord(
             shard=_shard(File.of(file, payload), self.plan, values, labels),
             failures=tuple(failed),
-            digests=tuple("" if row in reasons else known.get(row, "") for row in rows),
+            digests=tuple("" if row in reasons else known.get(row, "") for row in every),
         )
-        publish_checked(self._record(shard), record.model_dump(mode="json"))
+        publish_checked(self._record(number), record.model_dump(mode="json"))
         return failed
 
     def write_failures(self) -> None:
@@ -157,7 +161,7 @@ class CacheWriter:
         All shards are read once more; DamagedShardsError if one of them is no longer what was written.
         """
         with self._locked():
-            if not self.done:
+            if not self.is_done():
                 if not all(self._record(i).exists() for i in range(self.plan.shard_count)):
                     return None
                 self._check_shards()
@@ -200,7 +204,7 @@ class CacheWriter:
         found = existing_plan(self.path)
         if found and found.rows != self.plan.rows:
             self._reopen([])
-        elif not self.done:
+        elif not self.is_done():
             if not found:
                 self._publish_plan()
             self._publish_rows()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
 from data.cache.reader import LatentCache
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from data.storage import sha256_file
 
 Moments = NDArray[np.floating]
@@ -24,7 +24,7 @@ EVERY = np.arange(75)  # all rows of `plan`
 def write_shard(writer: CacheWriter, shard: int, moments: Moments, failures: Mapping[int, str]) -> None:
     rows = writer.plan.rows_of(shard)
     mine = {row: reason for row, reason in failures.items() if row in rows}
-    writer.write(shard, moments[rows.start : rows.stop], mine)
+    writer.write(EncodedShard(shard, np.array(rows), moments[rows.start : rows.stop], mine))
 
 
 def write(

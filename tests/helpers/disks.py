@@ -19,7 +19,7 @@ import data.storage
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
 from data.cache.records import load_failures
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -169,7 +169,7 @@ class Encode(NamedTuple):
                 fresh = writer.rows_to_encode(shard)
                 moments = np.broadcast_to(fresh.reshape(-1, 1, 1, 1, 1), (len(fresh), *plan.row_shape))
                 mine = {row: reason for row, reason in self.failures.items() if row in fresh}
-                writer.write(shard, moments + self.shift, mine)
+                writer.write(EncodedShard(shard, fresh, moments + self.shift, mine))
                 encoded |= set(fresh.tolist())
             writer.finish()
         return encoded

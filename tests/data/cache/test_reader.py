@@ -270,7 +270,7 @@ def test_all_shards_of_any_cache_can_be_mapped_into_memory(rows: int) -> None:
 def test_a_finished_cache_is_left_alone(cache: LatentCache, plan: Plan, rows: Rows) -> None:
     before = {file: (cache.path / file).stat().st_mtime_ns for file in files(cache.path)}
     writer = CacheWriter(cache.path, plan, rows)
-    assert writer.done
+    assert writer.is_done()
     assert writer.pending() == []
     with writer.claimed():
         assert writer.finish() == cache.manifest

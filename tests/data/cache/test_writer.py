@@ -23,7 +23,7 @@ from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Draft, Manifest, Plan
 from data.cache.reader import FAILURES, LatentCache
 from data.cache.records import load_failures, load_records, progress
-from data.cache.writer import CacheWriter, DamagedShardsError, Job
+from data.cache.writer import CacheWriter, DamagedShardsError, EncodedShard, Job
 from data.storage import probe
 from tests.helpers.disks import forked
 
@@ -43,7 +43,8 @@ def write(
     """Write `shards`, by default all that are pending."""
     for shard in writer.pending() if shards is None else shards:
         fresh = writer.rows_to_encode(shard)
-        writer.write(shard, moments[fresh], {row: reason for row, reason in failures.items() if row in fresh})
+        mine = {row: reason for row, reason in failures.items() if row in fresh}
+        writer.write(EncodedShard(shard, fresh, moments[fresh], mine))
 
 
 def encode(writer: CacheWriter, moments: Moments, failures: Mapping[int, str] = BROKEN, **options: Any) -> None:
@@ -277,8 +278,8 @@ def test_what_is_mended_leaves_the_list_of_failures_and_what_still_fails_has_its
         writer.redo([5, 70])
         assert writer.pending() == [0, 2]
         assert [writer.rows_to_encode(shard).tolist() for shard in (0, 2)] == [[5], [70]]
-        assert [f.row for f in writer.write(2, moments[[70]], {70: "truncated"})] == [70]
-        assert writer.write(0, moments[[5]], {}) == []
+        assert [f.row for f in writer.write(EncodedShard(2, np.array([70]), moments[[70]], {70: "truncated"}))] == [70]
+        assert writer.write(EncodedShard(0, np.array([5]), moments[[5]], {})) == []
         writer.finish()
     assert failures_of(path) == [(40, rows.keys[40], "unreadable"), (70, rows.keys[70], "truncated")]
     cache, good = LatentCache(path), np.setdiff1d(np.arange(plan.rows), [40, 70])
@@ -355,7 +356,7 @@ def test_extending_encodes_what_is_new_and_keeps_the_rest_as_it_is(
     np.testing.assert_array_equal(cache.read(of_kept), moments[kept].astype(plan.dtype))
     np.testing.assert_array_equal(cache.read(of_new), values[cache.rows[of_new]].astype(plan.dtype))
     assert cache.labels.tolist() == listing.labels[cache.rows].tolist()
-    assert writer.done
+    assert writer.is_done()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + b"!", lambda b: b[:-512], lambda b: b""])

@@ -50,9 +50,9 @@ def save(run: Path, images_seen: int) -> Path:
 def test_a_checkpoint_brings_back_weights_averages_and_optimizers(tmp_path: Path) -> None:
     before, after = trained(), parts(build(seed=1))
     save_checkpoint(tmp_path, **before._asdict(), state=run_state(6))
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    checkpoint, skipped = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.images_seen, passed_over) == (6, [])
+    assert (checkpoint.images_seen, skipped) == (6, [])
     load_training_state(checkpoint, *after)
     for name, value in before.objective.state_dict().items():
         assert torch.equal(after.objective.state_dict()[name], value)
@@ -162,18 +162,18 @@ DAMAGE = [
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     save(tmp_path, 6)
     damage(save(tmp_path, 12))
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    checkpoint, skipped = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.images_seen == 6
-    assert len(passed_over) == 1
-    assert str(tmp_path / "checkpoints" / "000000012") in passed_over[0]
+    assert len(skipped) == 1
+    assert str(tmp_path / "checkpoints" / "000000012") in skipped[0]
 
 
 def test_where_every_checkpoint_is_damaged_there_is_none(tmp_path: Path) -> None:
     lose_the_state(save(tmp_path, 6))
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    checkpoint, skipped = newest_checkpoint(tmp_path)
     assert checkpoint is None
-    assert len(passed_over) == 1
+    assert len(skipped) == 1
 
 
 @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "ema/config.json"])
@@ -238,9 +238,9 @@ def test_what_stands_in_the_way_of_a_checkpoint_is_set_aside_and_never_deleted(t
     assert tree(tmp_path) == after
     save(tmp_path, 9)
     prune_checkpoints(tmp_path, keep=1, keep_every=0, interval=3, batch_size=3)
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    checkpoint, skipped = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.images_seen, passed_over) == (9, [])
+    assert (checkpoint.images_seen, skipped) == (9, [])
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -327,9 +327,9 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pyt
     )
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 12)
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    checkpoint, skipped = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.images_seen, passed_over) == (6, [])
+    assert (checkpoint.images_seen, skipped) == (6, [])
 
 
 # A disk that is full, a process that is killed, and weights that are dealt out among processes.
@@ -341,9 +341,9 @@ def save_over(run: Path, made: Parts) -> None:
 
 
 def assert_whole(run: Path, known: dict[int, dict[str, bytes]]) -> None:
-    checkpoint, passed_over = newest_checkpoint(run)
+    checkpoint, skipped = newest_checkpoint(run)
     assert checkpoint is not None
-    assert not [line for line in passed_over if "000000012" not in line]
+    assert not [line for line in skipped if "000000012" not in line]
     assert tree(checkpoint.path) == known[checkpoint.images_seen]
 
 
