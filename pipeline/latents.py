@@ -57,7 +57,7 @@ class Draws:
     @classmethod
     def at(
         cls,
-        noise: NoiseProcess,
+        process: NoiseProcess,
         *,
         seed: int,
         step: int,
@@ -71,7 +71,7 @@ class Draws:
         return cls(
             views=torch.randint(views, shape[:1], generator=generator, device=device),
             posterior=torch.randn(shape, generator=generator, device=device),
-            times=noise.draw_timesteps(shape[0], generator),
+            times=process.draw_timesteps(shape[0], generator),
             noise=torch.randn(shape, generator=generator, device=device),
             dropped=torch.rand(shape[:1], generator=generator, device=device) < label_dropout,
         )

@@ -36,13 +36,13 @@ class Objective(nn.Module):
     def __init__(
         self,
         model: LatentUNet,
-        noise: NoiseProcess,
+        process: NoiseProcess,
         weighting: str = "plain",
         direction: float = 0.0,
         contrastive: float = 0.0,
     ) -> None:
         super().__init__()
-        self.model, self.noise, self.weighting = model, noise, weighting
+        self.model, self.process, self.weighting = model, process, weighting
         self.direction, self.contrastive = direction, contrastive
         self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
         if self.uncertainty is not None:  # start at u = 0, the plain loss
@@ -54,9 +54,9 @@ class Objective(nn.Module):
 
         `latents` (normalised) and `noise` are `B C h w`, `times` are timesteps `B`, `classes` int64 `B`.
         """
-        noisy = self.noise.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        noisy = self.process.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
         prediction = self.model(noisy, times, classes).sample.float()
-        target = self.noise.target(latents, noise, times)
+        target = self.process.target(latents, noise, times)
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
         loss = self._weigh(errors, times).mean()
         if self.direction:
@@ -68,7 +68,7 @@ class Objective(nn.Module):
 
     def _weigh(self, errors: Tensor, times: Tensor) -> Tensor:
         if self.weighting == "min_snr":
-            return errors * self.noise.min_snr(times)
+            return errors * self.process.min_snr(times)
         if self.uncertainty is not None:
             with torch.autocast(times.device.type, enabled=False):  # autocast would round the loss weights
                 logarithm = self.uncertainty(timestep_embedding(times, _FEATURES)).flatten()

@@ -13,10 +13,11 @@ from data.locks import claim
 from data.storage import probe
 from pipeline.config import Config
 from pipeline.training.distributed import connect
+from pipeline.training.previews import preview_missing
 from pipeline.training.resume import check_resumable, find_checkpoint
 from pipeline.training.run_folder import check_run_folder
 from pipeline.training.setup import with_batch_size
-from pipeline.training.trainer import Trainer, preview_missing
+from pipeline.training.trainer import Trainer
 
 
 def train(config: Config, run: Path, on_step: Callable[[Trainer], None] | None = None) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from data.cache.reader import LatentCache
 from stages.cli import main
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 
 
 def _block(page: str, containing: str) -> str:

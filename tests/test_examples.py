@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 from tests.helpers.world import CLASSES, World
 
 

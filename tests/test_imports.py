@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.helpers.sources import FILES, ROOT, imports
+from tests.helpers.imports import FILES, ROOT, imports
 
 FLOORS = {  # what the modules of a package may import of ours: its own, and these
     "data": (),

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 
 
 def started(*arguments: str) -> list[list[str]]:

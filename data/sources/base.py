@@ -1,7 +1,7 @@
 """Defines what a source of images offers: a list of keys with a class each, read by index.
 
-To add a source, implement `Source` and open it in `data.sources.files.open_source`. To add another kind of file that
-holds images, implement `data.sources.files.Container` and choose it in `open_container` there.
+To add pixels from another place, implement `Source` and open it in `data.sources.files.open_source`. To add another
+kind of archive of image files, implement `data.sources.files.Container` (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Source(Protocol):
     classes: tuple[str, ...]
     keys: Sequence[str]
     labels: NDArray[np.int64]
-    stamps: Sequence[str]  # one per image, from the file's size and time (`stamp`); empty if there is no file
+    stamps: Sequence[str]  # one per image, from the file's size and time (`stamp`); "" for an image without a file
     size: int  # bytes of all image files; 0 if there are none
     image_size: int  # pixels per side
     notes: Sequence[str]  # for the user, about the listing: what was skipped or assumed

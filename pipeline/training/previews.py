@@ -20,7 +20,7 @@ from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
 from pipeline.pictures import contact_sheet, save_png, strip
 from pipeline.sampling import draw_samples
-from pipeline.training.checkpoint import gather_full
+from pipeline.training.checkpoint import Checkpoint, gather_full
 from pipeline.training.metrics import optional
 from pipeline.training.setup import build_model, open_heldout
 from pipeline.unet import LatentUNet
@@ -36,6 +36,22 @@ _ROWS = "rows"  # folder with one row of images, one per class, of every preview
 def preview_file(run: Path, images_seen: int) -> Path:
     """Return the path of the preview at `images_seen`."""
     return run / "previews" / f"{images_seen:09d}.png"
+
+
+def due(before: int, images_seen: int, every: int, images: int) -> bool:
+    """Return whether the step from `before` to `images_seen` passed a multiple of `every` or ended a run of `images`;
+    False if `every` is 0."""
+    return every > 0 and (before // every != images_seen // every or images_seen >= images)
+
+
+def preview_missing(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
+    """Return whether `run` was killed after saving its newest checkpoint and before publishing the preview due then."""
+    seen, settings = checkpoint.images_seen, config.train
+    assert settings.batch_size != "auto"
+    wanted = seen <= settings.images and due(seen - settings.batch_size, seen, settings.preview_every, settings.images)
+    missing = accelerator.is_main_process and wanted and not preview_file(run, seen).exists()
+    answer = torch.tensor(float(missing), device=accelerator.device)
+    return bool(accelerator.reduce(answer, "sum"))  # the same answer in all processes
 
 
 def gather_weights(average: Average, accelerator: Accelerator) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.distributed import Preemption, computer, describe, in_background
 from pipeline.training.metrics import Window, begin_log, log_line, log_measured, optional
 from pipeline.training.plots import draw_curves
-from pipeline.training.previews import Previews, gather_weights, preview_file
+from pipeline.training.previews import Previews, due, gather_weights, preview_missing
 from pipeline.training.resume import changes_since, load_init, settings_of
 from pipeline.training.run_folder import begin_run_folder
 from pipeline.training.setup import build_model, ema_widths, make_averages, normalization_of, open_loader
@@ -47,22 +47,6 @@ from pipeline.training.tracker import Tracker
 from pipeline.unet import LatentUNet
 
 _GRACE = 10  # seconds that a save on a signal waits for the verification of the cache
-
-
-def due(before: int, images_seen: int, every: int, images: int) -> bool:
-    """Return whether the step from `before` to `images_seen` passed a multiple of `every` or ended a run of `images`;
-    False if `every` is 0."""
-    return every > 0 and (before // every != images_seen // every or images_seen >= images)
-
-
-def preview_missing(run: Path, checkpoint: Checkpoint, config: Config, accelerator: Accelerator) -> bool:
-    """Return whether `run` was killed after saving its newest checkpoint and before publishing the preview due then."""
-    seen, settings = checkpoint.images_seen, config.train
-    assert settings.batch_size != "auto"
-    wanted = seen <= settings.images and due(seen - settings.batch_size, seen, settings.preview_every, settings.images)
-    missing = accelerator.is_main_process and wanted and not preview_file(run, seen).exists()
-    answer = torch.tensor(float(missing), device=accelerator.device)
-    return bool(accelerator.reduce(answer, "sum"))  # the same answer in all processes
 
 
 class Trainer:

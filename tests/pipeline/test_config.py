@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import Config, Sample
 from pipeline.config_file import _TEXT_KEYS, dump_config, load_config
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:

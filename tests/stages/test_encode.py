@@ -31,7 +31,7 @@ from data.cache.records import progress
 from data.sources.base import Batch
 from pipeline.vae import FrozenVae
 from stages.cli import main
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 from tests.helpers.world import IMAGE_SIZE, World, add_image, make_vae, refuse, run_stage, succeed, tree
 
 COUNT = 40  # images in shards of 16, 16 and 8

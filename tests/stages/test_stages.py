@@ -27,7 +27,7 @@ from pipeline.training.checkpoint import newest_checkpoint
 from pipeline.vae import to_images, to_pixels
 from stages.cli import main
 from tests.helpers import world as helpers
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 from tests.helpers.world import BROKEN, CLASSES, IMAGE_SIZE, World, make_images, make_vae, run_stage, succeed, tree
 
 refuse = functools.partial(helpers.refuse, alone=True)

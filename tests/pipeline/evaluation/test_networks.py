@@ -22,7 +22,7 @@ from pipeline.evaluation.dinov2 import DinoV2
 from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3, resize_as_tensorflow1
 from pipeline.evaluation.networks import FeatureNetwork, cache_folder, open_network
-from tests.helpers.sources import ROOT, imports
+from tests.helpers.imports import ROOT, imports
 
 CPU = torch.device("cpu")
 DOWNLOADED = ("inception", "dinov2")

@@ -21,7 +21,7 @@ from pipeline.training.metrics import Window
 from pipeline.training.plots import draw_curves
 from pipeline.training.state import WindowState
 from pipeline.training.tracker import Tracker
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 from tests.helpers.world import CLASSES, IMAGE_SIZE, World, log_of, run_stage, succeed, tree
 
 

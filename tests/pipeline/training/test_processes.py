@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from data.cache.reader import LatentCache
 from data.loader import LatentLoader
 from pipeline.training.checkpoint import checkpoint_folders
-from tests.helpers.sources import ROOT
+from tests.helpers.imports import ROOT
 from tests.helpers.world import World, log_of, run_stage, succeed, tree
 
 # 100 steps with dropout, posterior noise, label dropout, a learned weighting and two averages
