@@ -33,7 +33,7 @@ help:  ## show this help
 	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
 	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
 
-setup: $(READY)  ## create .venv with pinned versions, whose hashes are checked
+setup: $(READY)  ## create .venv with pinned versions
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentmill needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
@@ -59,7 +59,7 @@ train: encode  ## stage two: train a model on the latent cache
 sample: train  ## draw samples from the model: PNG files, a contact sheet and a page
 	$(BIN)/latentmill sample $(ARGS)
 
-decode: sample  ## decode sampled latents to images, the last step of sample
+decode: sample  ## decode samples again; sample does it too
 	$(BIN)/latentmill decode $(ARGS)
 
 # with these options, nothing needs to be trained first
@@ -77,7 +77,7 @@ lint: $(READY)  ## check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-results: encode  ## measure the effect of each design choice (docs/results.md), in one night
+results: encode  ## measure the effect of each design choice and write docs/results.md, in one night
 	$(BIN)/python -m benchmarks.results --config $(call quoted,CONFIG) $(SETS)
 
 bench: train  ## check whether samples of the default run show the requested class

@@ -260,7 +260,8 @@ class Sample(Section):
     per_class: PositiveInt = 10
     """Samples per class."""
     classes: tuple[str, ...] = ()
-    """Classes to draw: names, or indices as 2 or index:2 (for a class named 2); empty: all classes."""
+    """Classes to draw: names or indices; a name takes precedence, so write index:2 for index 2 if a class
+    is named 2; empty: all classes."""
     seed: Seed = 0
     """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
     batch_size: PositiveInt = 50

@@ -52,10 +52,16 @@ def cached_sources(config: Config) -> list[Source]:
                 if cached != now:
                     raise ValueError(f"{path}: its {name} is {cached}, but {source.name} has {now}: encode again")
             rows, change = Rows.aligned(source, path, manifest)
-            for keys, what in ((change.gone, "missing"), (change.edited, "changed"), (change.added, "new")):
+            anew = "run encode with another cache.path"
+            kinds = (
+                (change.gone, "missing", anew),
+                (change.edited, "changed", anew),
+                (change.added, "new", "run encode --extend"),
+            )
+            for keys, what, remedy in kinds:
                 if keys:
                     count = f"{counted(len(keys), 'image')} {what}, such as {printable(keys[0])}"
-                    raise ValueError(f"{path}: {source.name} has changed since it was encoded: {count}: encode again")
+                    raise ValueError(f"{path}: {source.name} has changed since it was encoded: {count}: {remedy}")
             aligned = Subset(source, rows.order, source.name)
             aligned.labels, aligned.classes = rows.labels, rows.classes
             source = aligned

@@ -37,7 +37,8 @@ class _InOrder(click.Group):
 def main() -> None:
     """Class-conditional latent diffusion: images -> latent cache -> model -> samples -> images.
 
-    Every command reads one config. Run again, it continues what is unfinished and does nothing if all is done.
+    Most commands read one config file (--config). Running a command again continues unfinished work; if nothing is
+    left to do, it does nothing.
     """
 
 
@@ -80,7 +81,13 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
     wrapped = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the config."
     )(wrapped)
-    config = click.option("--config", type=LocalPath(), default=Path("configs/solids.yaml"), show_default=True)
+    config = click.option(
+        "--config",
+        type=LocalPath(),
+        default=Path("configs/solids.yaml"),
+        show_default=True,
+        help="YAML file of the experiment.",
+    )
     return _errors_in_one_line(config(wrapped))
 
 
@@ -90,7 +97,7 @@ _cache_option = click.option("--cache", type=LocalPath(), help="A cache other th
 @main.command()
 @click.option("--job", metavar="I/N", help="Write only the I-th of N shares, such as 3/16: one job of a SLURM array.")
 @click.option("--extend", is_flag=True, help="Encode the images that were added to the data set.")
-@click.option("--retry-failed", is_flag=True, help="Read the images again that could not be read.")
+@click.option("--retry-failed", is_flag=True, help="Try again to read images that failed.")
 @_stage
 def encode(config: Config, run: Path, job: str | None, **kwargs: bool) -> None:
     """Encode the images once and write the latent cache."""
@@ -114,7 +121,7 @@ def verify(config: Config, run: Path, cache: Path | None, repair: bool) -> None:
 @_cache_option
 @_stage
 def info(config: Config, run: Path, cache: Path | None) -> None:
-    """Describe the cache, with pictures of what the VAE keeps."""
+    """Describe the cache, with images beside their reconstructions."""
     from stages.info import info
 
     info(config, cache)
@@ -143,12 +150,12 @@ def train(config: Config, run: Path) -> None:
 
 @main.command()
 @click.argument("run", type=LocalPath(exists=True, file_okay=False))
-@click.option("--width", type=float, required=True, help="Standard deviation, as a share of the run: 0.15, say.")
+@click.option("--width", type=float, required=True, help="Standard deviation, as a fraction of the run, such as 0.15.")
 @click.option("--images", type=int, help="Images seen at which the average ends  [default: the last snapshot]")
 @click.option("--to", type=LocalPath(), help="Folder of the new run  [default: RUN-emaWIDTH]")
 @_errors_in_one_line
 def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
-    """Compute an average of another width from a RUN.
+    """Compute a weight average of another width from a RUN.
 
     The run was trained with train.ema=power; the average becomes a run of its own, for sample and decode.
     """
@@ -187,13 +194,22 @@ def decode(config: Config, run: Path, cache: Path | None) -> None:
 
 @main.command()
 @click.option("--images", help="Measure these images instead: a folder, an archive or an .npz.")
-@click.option("--protocol", type=click.Choice(["imagenet-50k", "imagenet100-5k"]), help="Measure as papers do.")
-@click.option("--repeat", "receipt", type=LocalPath(), help="Draw and measure again what this receipt describes.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["imagenet-50k", "imagenet100-5k"]),
+    help="Use the number of samples and the reference of this protocol.",
+)
+@click.option(
+    "--repeat",
+    "receipt",
+    type=LocalPath(),
+    help="Repeat the evaluation recorded in this JSON file, and compare the results.",
+)
 @_stage
 def evaluate(config: Config, run: Path, images: str | None, protocol: str | None, receipt: Path | None) -> None:
     """Measure samples against real images.
 
-    The figures, and all that is needed to measure them again, go to runs/NAME/eval.
+    The metrics, and everything that is needed to reproduce them, are written to runs/NAME/eval.
     """
     from stages.evaluate import evaluate, repeat
 

@@ -71,7 +71,7 @@ def _lines(latents: LatentCache) -> list[str]:
         f"bytes      {human_bytes(size)} in {counted(len(manifest.shards), 'shard')},"
         f" {human_bytes(size // manifest.rows)} an image; {ratio}",
         f"vae        {manifest.vae.source} ({manifest.vae.class_name}), weights {manifest.vae.weights_sha256[:12]},"
-        f" scaling {manifest.vae.scaling_factor:.4g}, {manifest.vae.downsampling} pixels a latent position",
+        f" scaling {manifest.vae.scaling_factor:.4g}, {manifest.vae.downsampling} pixels per latent position",
         "channel    " + "".join(f"{i:>9}" for i in range(manifest.latent_channels)),
         "mean       " + "".join(f"{value:9.3f}" for value in manifest.mean),
         "std        " + "".join(f"{value:9.3f}" for value in manifest.std),

@@ -78,7 +78,7 @@ def _parquet(files: ParquetFiles, path: str, pid: int) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("data.source: Parquet files need pyarrow: pip install 'latentmill[parquet]'") from None
+        raise ValueError("data.source: Parquet files need pyarrow: run make setup, or pip install pyarrow") from None
     with _naming_damaged_file(path):
         return pyarrow.parquet.ParquetFile(files.fs.get().open(path))
 

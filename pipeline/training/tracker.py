@@ -23,7 +23,9 @@ class Tracker:
 
     def __init__(self, kind: str, run: Path, config: Config, *, images_seen: int, active: bool) -> None:
         if kind == "tensorboard" and not find_spec("tensorboard"):
-            raise ValueError("train.tracker = tensorboard: it is not installed: pip install tensorboard")
+            raise ValueError(
+                "train.tracker = tensorboard: it is not installed: run make setup, or pip install tensorboard"
+            )
         self._wandb = _start_wandb(run, config) if kind == "wandb" and active else None
         self._board = None
         if kind == "tensorboard" and active:

@@ -89,7 +89,7 @@ class Trainer:
         model = build_model(config, self.manifest)
         self.window = Window(accelerator, Cost.of(model).flops)
         accelerator.print(
-            f"train: {model.num_parameters() / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP an image;"
+            f"train: {model.num_parameters() / 1e6:,.1f} M parameters, {self.window.flops / 1e9:,.2f} GFLOP per image;"
             f" batches of {self.batch_size} on {describe(accelerator)}"
         )
         if settings.init and not checkpoint:
@@ -340,7 +340,7 @@ class Trainer:
         )
         if self.main:
             for path in set_aside_newer(self.run, self.images_seen):
-                print(f"train: set aside as {path}: damaged, or newer than where this run resumed", flush=True)
+                print(f"train: renamed to {path}: damaged, or newer than where this run resumed", flush=True)
         if state.widths and scheduled:
             save_averages(self.run, model=self.model, averages=self.averages, state=state, writing=self.main)
         save_checkpoint(

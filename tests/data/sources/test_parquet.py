@@ -178,5 +178,5 @@ def test_a_damaged_page_of_a_parquet_file_is_a_failure(tmp_path: Path) -> None:
 def test_pyarrow_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = parquet_of(tmp_path / "1.parquet", PICTURES)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"need pyarrow: pip install 'latentmill\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"need pyarrow: run make setup, or pip install pyarrow"):
         opened(path)

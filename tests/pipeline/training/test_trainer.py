@@ -63,7 +63,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
     printed = capsys.readouterr().out
     assert f"train: skipped {damaged}" in printed
     assert "at 16 images" in printed
-    assert f"train: set aside as {damaged}.1: damaged" in printed
+    assert f"train: renamed to {damaged}.1: damaged" in printed
     assert tree(Path(f"{damaged}.1").rename(tmp_path / "aside")) == before
     assert tree(run / "checkpoints") == tree(world.run / "checkpoints")
     assert log_of(run) == log_of(world.run)
