@@ -132,10 +132,6 @@ class Model(Section):
     """Number of blocks in the bottleneck."""
     head_width: PositiveInt = 64
     """Channels per attention head; must divide the channels of the lowest level."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """MLP of the transformer blocks; both have about the same number of weights."""
-    qk_norm: bool = False
-    """Normalise queries and keys (RMS norm) before attention."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability in all blocks; 0: no dropout."""
 
@@ -177,9 +173,8 @@ class Train(Section):
     """Use torch.compile: faster steps after about a minute of compilation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: bf16 where faster, else fp32."""
-    optimizer: Literal["adamw", "muon", "muon_all"] = "adamw"
-    """muon: Muon for matrices and kernels, AdamW for the rest; muon_all: Muon also for the timestep and
-    class layers."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for matrices and kernels, AdamW for the rest."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate, for both optimizers."""
     schedule: Literal["constant", "cosine", "trapezoid", "inverse_sqrt"] = "trapezoid"
@@ -196,10 +191,6 @@ class Train(Section):
     """Gradients are scaled down to at most this norm over all parameters."""
     weighting: Literal["plain", "min_snr", "learned"] = "plain"
     """Loss weight per noise level; plain: 1; min_snr: min(SNR, 5) in x0; learned: the inverse of a learned error."""
-    direction: NonNegativeFloat = 0.0
-    """Weight of the loss term 1 - cosine(prediction, target); 0: off."""
-    contrastive: NonNegativeFloat = 0.0
-    """Weight of contrastive flow matching: rewards distance to the target of another image; 0: off."""
     normalization: Literal["cache", "vae"] = "cache"
     """How latents are normalised: cache: per-channel mean and std of the training set; vae: the VAE's
     scaling factor."""

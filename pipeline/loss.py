@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.noise import NoiseProcess
@@ -28,22 +27,12 @@ class Objective(nn.Module):
 
     `weighting` is plain; min_snr (`NoiseProcess.min_snr`); or learned: error / exp(u) + u, where u learns the logarithm
     of the error at each timestep, so that all timesteps have equal weight (Kendall et al. 2018; Karras et al. 2024,
-    "Analyzing and improving the training dynamics of diffusion models", section 2 and appendix A). `direction` and
-    `contrastive` are the weights of two extra terms: 1 - cosine(prediction, target), and minus the error to the target
-    of another image.
+    "Analyzing and improving the training dynamics of diffusion models", section 2 and appendix A).
     """
 
-    def __init__(
-        self,
-        model: LatentUNet,
-        process: NoiseProcess,
-        weighting: str = "plain",
-        direction: float = 0.0,
-        contrastive: float = 0.0,
-    ) -> None:
+    def __init__(self, model: LatentUNet, process: NoiseProcess, weighting: str = "plain") -> None:
         super().__init__()
         self.model, self.process, self.weighting = model, process, weighting
-        self.direction, self.contrastive = direction, contrastive
         self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
         if self.uncertainty is not None:  # start at u = 0, the plain loss
             nn.init.zeros_(self.uncertainty.weight)
@@ -58,13 +47,7 @@ class Objective(nn.Module):
         prediction = self.model(noisy, times, classes).sample.float()
         target = self.process.target(latents, noise, times)
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = self._weigh(errors, times).mean()
-        if self.direction:
-            cosine = F.cosine_similarity(prediction, target, dim=1).mean()
-            loss = loss + self.direction * (1 - cosine)
-        if self.contrastive:
-            loss = loss - self.contrastive * (prediction - target.roll(1, 0)).square().mean()
-        return loss, errors.detach()
+        return self._weigh(errors, times).mean(), errors.detach()
 
     def _weigh(self, errors: Tensor, times: Tensor) -> Tensor:
         if self.weighting == "min_snr":

@@ -21,16 +21,15 @@ _CONDITION = ("time", "modulation")  # layers of timestep and class: so wide tha
 def make_optimizers(
     module: nn.Module, *, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> list[Optimizer]:
-    """Create AdamW for all parameters or, with `kind` muon or muon_all, Muon for matrices and kernels, AdamW otherwise.
+    """Create AdamW for all parameters or, with `kind` muon, Muon for matrices and kernels and AdamW for the rest.
 
-    Weight decay applies to linear layers and kernels, not to biases, norms, positions and class embeddings. AdamW
-    always trains the first and the last convolution, as Jordan 2024 advises, and with muon also the timestep and class
-    layers.
+    Weight decay applies to linear layers and kernels, not to biases, norms, positions and class embeddings. With muon,
+    AdamW also trains the timestep and class layers, and the first and the last convolution, as Jordan 2024 advises.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     decayed = {n: p for n, p in named if p.ndim >= 2 and not any(part in _UNDECAYED for part in n.split("."))}
-    left = _ENDS + (_CONDITION if kind == "muon" else ())
-    inner = {n: p for n, p in decayed.items() if kind != "adamw" and not any(part in left for part in n.split("."))}
+    left = _ENDS + _CONDITION
+    inner = {n: p for n, p in decayed.items() if kind == "muon" and not any(part in left for part in n.split("."))}
     others = [p for n, p in decayed.items() if n not in inner]
     rest = [p for n, p in named if n not in decayed]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

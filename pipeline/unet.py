@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,26 +79,19 @@ class TransformerBlock(nn.Module):
     The condition gives scale and shift of a LayerNorm and a gate on the result, all zero at the start.
     """
 
-    def __init__(
-        self, width: int, condition: int, head_width: int, dropout: float, *, mlp: str = "gelu", qk_norm: bool = False
-    ) -> None:
+    def __init__(self, width: int, condition: int, head_width: int, dropout: float) -> None:
         super().__init__()
         self.heads = width // head_width
-        self.qk_norm = qk_norm
         self.modulation = _zero(nn.Linear(condition, 6 * width))
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.mlp = (
-            SwiGLU(width, dropout)
-            if mlp == "swiglu"
-            else nn.Sequential(
-                nn.Linear(width, 4 * width),
-                nn.GELU(approximate="tanh"),
-                nn.Dropout(dropout),
-                nn.Linear(4 * width, width),
-            )
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -109,38 +102,16 @@ class TransformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
-        if self.qk_norm:
-            q, k = (F.rms_norm(each.float(), each.shape[-1:]).to(v.dtype) for each in (q, k))
         return self.project(_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """Applies an MLP with a gated hidden layer and about as many weights as the GELU one (Shazeer 2020)."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        hidden = 8 * width // 3 // 16 * 16
-        self.into = nn.Linear(width, 2 * hidden)
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens `B T D` to `B T D`."""
-        gate, value = self.into(x).chunk(2, dim=-1)
-        return self.out(self.dropout(F.silu(gate) * value))
 
 
 class TransformerBottleneck(nn.Module):
     """Applies `depth` transformer blocks to a feature map, as tokens with learned position embeddings."""
 
-    def __init__(
-        self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float, **options: Any
-    ) -> None:
+    def __init__(self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.randn(1, size * size, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, condition, head_width, dropout, **options) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(width, condition, head_width, dropout) for _ in range(depth))
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -234,8 +205,6 @@ class LatentUNet(ModelMixin, ConfigMixin):
         bottleneck: str = "transformer",
         depth: int = 4,
         head_width: int = 64,
-        mlp: str = "gelu",
-        qk_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -260,8 +229,6 @@ class LatentUNet(ModelMixin, ConfigMixin):
                 depth,
                 head_width,
                 dropout,
-                mlp=mlp,
-                qk_norm=qk_norm,
             )
             if bottleneck == "transformer"
             else ResidualBottleneck(width, condition, depth, dropout)
