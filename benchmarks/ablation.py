@@ -149,7 +149,7 @@ def trained(config: Config, name: str, rate: float, minutes: float, seed: int, t
     images = before.train.images if before else fitting  # by the rate of then
     settings = {"images": images, "seed": seed, "preview_every": images, "checkpoint_every": images}
     settings["warmup"] = min(config.train.warmup, images // 10)
-    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    config = config.changed(train=config.train.changed(**settings))
     if before and any(getattr(before, part) != getattr(config, part) for part in ("cache", "model", "noise", "train")):
         raise ValueError(f"{run}: a run of other settings: delete it, or give another --to")
     train(config, run)

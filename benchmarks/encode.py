@@ -93,7 +93,7 @@ def _bare(vae: FrozenVae, source: ImageFiles, batch_size: int, seconds: float) -
 def _stage(config: Config, count: int) -> float:
     """`latentmill encode` into a new folder, loading the VAE included."""
     with tempfile.TemporaryDirectory() as folder:
-        here = config.model_copy(update={"cache": config.cache.model_copy(update={"path": Path(folder) / "cache"})})
+        here = config.changed(cache=config.cache.changed(path=Path(folder) / "cache"))
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             encode(here, Job())

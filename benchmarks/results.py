@@ -131,8 +131,8 @@ def same_flops(config: Config, target: Config) -> Config:
             )
         return abs(math.log(Cost.of(model).flops / wanted))
 
-    model = config.model.model_copy(update={"depth": min(range(1, 33), key=distance)})
-    return config.model_copy(update={"model": model})
+    model = config.model.changed(depth=min(range(1, 33), key=distance))
+    return config.changed(model=model)
 
 
 def vae_in_the_loop(file: Path, overrides: tuple[str, ...], runs: Path) -> str:
@@ -173,7 +173,7 @@ def guidance_lines(config: Config, minutes: float, runs: Path, to: Path) -> list
 def drawn(way: str, config: Config, minutes: float, runs: Path, **sample: Any) -> tuple[Evaluation, dict[str, Any]]:
     """The run of a way with other settings of `sample`, and its receipt."""
     run = run_of(way, config, minutes, runs)
-    changed = config.model_copy(update={"sample": config.sample.model_copy(update=sample)})
+    changed = config.changed(sample=config.sample.changed(**sample))
     evaluation = Evaluation(changed, run.evaluation.run, None)
     with contextlib.redirect_stdout(io.StringIO()):
         return evaluation, evaluation.receipt()

@@ -178,7 +178,7 @@ def _loop(config: Config, rounds: int, steps: int, online: str | None) -> None:
     """`latentmill train`, which waits for its turn every `steps` steps; `online` encodes these images in the loop."""
     batch = _batch_size(config)
     changes = {"images": (rounds + 1) * steps * batch, "preview_every": 10**9}
-    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    config = config.changed(train=config.train.changed(**changes))
     started = [time.perf_counter()]
 
     def take_turns(trainer: Trainer) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from data.cache.manifest import Record
 from data.sources.urls import check_url
 from data.text import brief
 from pipeline.compatibility import check_noise, check_sampler, check_weighting, check_width
@@ -28,8 +28,10 @@ LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(
 PathOrUrl = Annotated[str, AfterValidator(lambda place: check_url(os.path.expanduser(place)))]  # or a short name
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+class Section(Record):
+    """Holds the keys of one section of a config."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Data(Section):
@@ -333,5 +335,5 @@ def features_path(config: Config) -> Path:
 def cache_configs(config: Config) -> list[Config]:
     """Return one config per cache: for the training images and, if there are any, for the held-out images."""
     heldout = heldout_path(config)
-    others = [config.model_copy(update={"cache": config.cache.model_copy(update={"path": heldout})})] if heldout else []
+    others = [config.changed(cache=config.cache.changed(path=heldout))] if heldout else []
     return [config, *others]

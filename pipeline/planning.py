@@ -45,9 +45,9 @@ def plan_rows(
             rows = rows.with_stamps_of(path, found, change.touched)
     plan = make_plan(config, source, rows, vae, found)
     if found:  # an extended cache keeps its shards
-        plan = plan.model_copy(update={"shard_rows": found.shard_rows})
+        plan = plan.changed(shard_rows=found.shard_rows)
     if found and rows.file == listing_of(found):  # a copy of the data set counts as the same one
-        plan = plan.model_copy(update={"data_fingerprint": found.data_fingerprint})
+        plan = plan.changed(data_fingerprint=found.data_fingerprint)
     return plan, rows
 
 

@@ -80,5 +80,5 @@ def _reconstruct(target: Path, snapshots: list[Checkpoint], width: float, gamma:
     weights = reconstruction_weights([(s.images_seen, g) for s, _, g in sources], last.images_seen, gamma).tolist()
     loaded = [snapshot.ema_weights(name) for snapshot, name, _ in sources]  # memory-mapped
     tensors = {key: weighted_sum([each[key] for each in loaded], weights) for key in loaded[0]}
-    state = last.state.model_copy(update={"widths": (width,)})
+    state = last.state.changed(widths=(width,))
     save_reconstruction(checkpoint_path(target, last.images_seen), last, tensors, state)

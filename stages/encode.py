@@ -117,7 +117,7 @@ def _check_without_images(config: Config, manifest: Manifest, error: NoImagesErr
         **settings_of_plan(config, vae, found=manifest),
         "preprocessing": PREPROCESSING.format(matte=config.data.matte),
     }
-    check_plan(path, manifest.plan().model_copy(update=expected))
+    check_plan(path, manifest.plan().changed(**expected))
     LatentCache(path)
     made_of = "" if manifest.data_source == printable(config.data.source) else f", made of {manifest.data_source},"
     return f"encode: {error}; but the finished cache {path}{made_of} can be used without its images"

@@ -151,8 +151,8 @@ class Evaluation:
         With `work`, everything is computed again in that folder, from the checkpoint that `weights` of a receipt names,
         if it still exists."""
         self.network = open_network(config.evaluate.network, config.evaluate.weights, pick_device())
-        measured_by = config.evaluate.model_copy(update={"network": self.network.option})
-        self.config = config.model_copy(update={"evaluate": measured_by})
+        measured_by = config.evaluate.changed(network=self.network.option)
+        self.config = config.changed(evaluate=measured_by)
         self.run, self.path, self.work, self.weights = run, path, work, weights
         self.sources = cached_sources(config)
         self.vae = FrozenVae(config.vae.source, self.network.device)
@@ -177,8 +177,8 @@ class Evaluation:
         checkpoint = self._checkpoint()
         resolved, chosen = resolve_sample_settings(self.config, checkpoint)
         per_class = -(-self.config.evaluate.images // len(chosen))
-        drawn = resolved.sample.model_copy(update={"per_class": per_class})
-        self.config = self.config.model_copy(update={"sample": drawn})
+        drawn = resolved.sample.changed(per_class=per_class)
+        self.config = self.config.changed(sample=drawn)
         folder = sample(self.config, self.run, checkpoint=checkpoint, to=self.work and self.work / "samples")
         cache = LatentCache(folder)
         record = {

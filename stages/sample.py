@@ -74,8 +74,8 @@ def resolve_sample_settings(config: Config, checkpoint: Checkpoint) -> tuple[Con
         print(line)
     every = chosen == list(range(len(state.classes)))
     names = () if every else tuple(state.classes[kind] for kind in chosen)
-    resolved = requested.model_copy(update={"guidance": guidance, "classes": names})
-    return config.model_copy(update={"sample": resolved}), chosen
+    resolved = requested.changed(guidance=guidance, classes=names)
+    return config.changed(sample=resolved), chosen
 
 
 def require_checkpoint(run: Path) -> Checkpoint:

@@ -58,7 +58,7 @@ def _repair(config: Config, path: Path, manifest: Manifest, wrong: list[str]) ->
     from stages.encode import encode_pending
 
     source = source_of(config, path)
-    config = config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
+    config = config.changed(cache=config.cache.changed(path=path))
     vae = FrozenVae(config.vae.source, pick_device())
     if ROWS in wrong and Rows.of(source).file != listing_of(manifest):
         raise ValueError(

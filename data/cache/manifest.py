@@ -23,6 +23,10 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with other `values`, which are validated."""
+        return type(self)(**{**dict(self), **values})
+
 
 class VaeIdentity(Record):
     """Identifies the autoencoder that made the latents; `weights_sha256` covers names, types, shapes and values.

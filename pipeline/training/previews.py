@@ -90,7 +90,7 @@ class Previews:
         )
         if line:
             print(f"train: previews: {line}")
-        self._settings = config.sample.model_copy(update={"guidance": guidance})
+        self._settings = config.sample.changed(guidance=guidance)
         trained = np.flatnonzero(class_counts)  # the model learns nothing of other classes
         self._shown = trained[:PREVIEWED]
         self._heldout = open_heldout(config, manifest, noise)

@@ -177,7 +177,7 @@ def open_heldout(config: Config, manifest: Manifest, noise: NoiseProcess) -> Hel
 
 
 def _with_train(config: Config, **changes: Any) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    return config.changed(train=config.train.changed(**changes))
 
 
 def _free_memory(accelerator: Accelerator) -> int:

@@ -348,7 +348,7 @@ class Trainer:
             objective=self.objective,
             averages=self.averages,
             optimizers=self.optimizers,
-            state=state.model_copy(update={"window": self.window.state()}),
+            state=state.changed(window=self.window.state()),
             writing=self.main,
         )
         if self.main:

@@ -37,7 +37,7 @@ def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small(plan: Plan) -> Plan:
     """Shards of 16 and 4 rows."""
-    return plan.model_copy(update={"rows": 20, "shard_rows": 16})
+    return plan.changed(rows=20, shard_rows=16)
 
 
 @pytest.fixture

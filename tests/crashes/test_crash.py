@@ -115,7 +115,7 @@ def test_a_change_of_a_cache_that_is_killed_anywhere_and_repeated_equals_one_und
     each format is tried on one kind of cache."""
     command = "extend" if (first.plan.format == "zarr") == (only is None) else "retry"
     if command == "extend":
-        grown = first.plan.model_copy(update={"rows": 24, "data_fingerprint": "0" * 64, "data_bytes": 24_000})
+        grown = first.plan.changed(rows=24, data_fingerprint="0" * 64, data_bytes=24_000)
         second, expected = Encode(grown, {20: "unreadable"}, 0.5, change=True), set(range(20, 24))
     else:
         second, expected = Encode(first.plan, {18: "still unreadable"}, 0.5, change=True, retry=True), {17, 18}

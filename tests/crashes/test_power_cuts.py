@@ -165,7 +165,7 @@ def test_a_finished_cache_outlasts_a_power_cut_and_an_unfinished_one_can_be_fini
     command = {"zarr": "extend", "webdataset": "retry"}[first.plan.format] if change else "encode"
     where, disk, whole = Path("new/caches/cache"), tmp_path / "disk", tmp_path / "whole"
     disk.mkdir()
-    grown = first.plan.model_copy(update={"rows": 24, "data_fingerprint": "0" * 64, "data_bytes": 24_000})
+    grown = first.plan.changed(rows=24, data_fingerprint="0" * 64, data_bytes=24_000)
     work = {
         "encode": first,
         "extend": Encode(grown, {20: "unreadable"}, change=True),

@@ -329,7 +329,7 @@ def grown(plan: Plan, rows: Rows, count: int) -> tuple[Plan, Rows]:
         np.arange(plan.rows + count),
     )
     changes = {"rows": plan.rows + count, "classes": listing.classes, "data_fingerprint": "e" * 64, "data_bytes": 1}
-    return plan.model_copy(update=changes), listing
+    return plan.changed(**changes), listing
 
 
 @pytest.mark.parametrize("count", [1, 21, 60], ids=["within a shard", "to the end of a shard", "and two more shards"])

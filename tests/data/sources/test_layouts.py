@@ -151,7 +151,7 @@ def test_outputs_among_the_images_are_refused_before_anything_is_written(
     config = Config(data=Data(source=str(root)), cache=Cache(path=Path("elsewhere")))
     check_outputs(config, Path("runs/a"))
     for run, cache in (("images/runs/a", "elsewhere"), ("images", "elsewhere"), ("runs/a", "images/cat/../cache")):
-        inside = config.model_copy(update={"cache": Cache(path=Path(cache))})
+        inside = config.changed(cache=Cache(path=Path(cache)))
         with pytest.raises(ValueError, match=r"(--run|cache\.path) = images.* inside data\.source"):
             check_outputs(inside, Path(run))
     (root.parent / "config.yaml").write_text(dump_config(config), encoding="utf-8")

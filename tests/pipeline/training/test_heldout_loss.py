@@ -245,7 +245,7 @@ def test_the_last_line_is_what_the_exported_average_has(world: World, caches: Pa
     model.load_state_dict(checkpoint.ema_weights())
     model.eval().to(memory_format=torch.channels_last)
     for seed in (0, 7):
-        seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+        seeded = config.changed(train=config.train.changed(seed=seed))
         held = open_heldout(seeded, manifest, NoiseProcess(**config.noise.model_dump()))
         assert held
         measured = held.measure(model, checkpoint.normalization)
@@ -313,13 +313,13 @@ def no_cache(root: Path) -> None:
 
 def other_vae(root: Path) -> None:
     manifest = Manifest.load(root / "cache-heldout")
-    vae = manifest.vae.model_copy(update={"weights_sha256": "0" * 64})
-    manifest.model_copy(update={"vae": vae}).save(root / "cache-heldout")
+    vae = manifest.vae.changed(weights_sha256="0" * 64)
+    manifest.changed(vae=vae).save(root / "cache-heldout")
 
 
 def other_classes(root: Path) -> None:
     manifest = Manifest.load(root / "cache-heldout")
-    manifest.model_copy(update={"classes": ("cat", "owl")}).save(root / "cache-heldout")
+    manifest.changed(classes=("cat", "owl")).save(root / "cache-heldout")
 
 
 def damaged(root: Path) -> None:

@@ -180,7 +180,7 @@ def test_latents_whose_values_alone_differ_are_told_by_the_manifest(world: World
     begin(world, tmp_path / "run", fixed)
     shutil.copytree(world.cache, tmp_path / "cache")
     manifest = Manifest.load(world.cache)
-    manifest.model_copy(update={"mean": tuple(value + 1e-9 for value in manifest.mean)}).save(tmp_path / "cache")
+    manifest.changed(mean=tuple(value + 1e-9 for value in manifest.mean)).save(tmp_path / "cache")
     result = run_stage("train", world.config, tmp_path / "run", f"cache.path={tmp_path / 'cache'}", fixed)
     assert result.exit_code == 2
     assert f"its cache's manifest is '{manifest.sha256()}'" in result.stderr

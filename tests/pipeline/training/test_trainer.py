@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_where_the_newest_is_damaged(
 
 
 def test_a_run_without_dropout_can_be_interrupted_too(world: World, config: Config, tmp_path: Path) -> None:
-    plain = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
+    plain = config.changed(model=config.model.changed(dropout=0.0))
     train(plain, tmp_path / "straight")
     interrupt(plain, tmp_path / "broken", at_step=6)
     train(plain, tmp_path / "broken")
@@ -80,8 +80,8 @@ def test_a_run_without_dropout_can_be_interrupted_too(world: World, config: Conf
 
 
 def test_the_seed_changes_the_run(world: World, config: Config, tmp_path: Path) -> None:
-    other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 1, "images": 8})})
-    same = config.model_copy(update={"train": config.train.model_copy(update={"images": 8})})
+    other = config.changed(train=config.train.changed(seed=1, images=8))
+    same = config.changed(train=config.train.changed(images=8))
     train(other, tmp_path / "other")
     train(same, tmp_path / "same")
     assert log_of(tmp_path / "other")[0]["loss"] != log_of(tmp_path / "same")[0]["loss"]
