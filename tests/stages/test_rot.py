@@ -25,7 +25,7 @@ import stages.sample
 from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import ROWS, LatentCache
 from data.cache.records import load_records, progress
-from data.cache.writer import CacheWriter
+from data.cache.writer import CacheWriter, EncodedShard
 from stages.cli import main
 from tests.helpers.world import IMAGE_SIZE, World, add_image, make_vae, refuse, run_stage, succeed, tree
 
@@ -230,10 +230,10 @@ def test_sampling_goes_on_to_the_same_bytes_or_names_a_damaged_file(
 ) -> None:
     write = CacheWriter.write
 
-    def dying(writer: CacheWriter, shard: int, *arguments: Any) -> Any:
-        if shard == 1:
+    def dying(writer: CacheWriter, shard: EncodedShard) -> Any:
+        if shard.number == 1:
             raise KeyboardInterrupt
-        return write(writer, shard, *arguments)
+        return write(writer, shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "write", dying)
