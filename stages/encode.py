@@ -298,7 +298,7 @@ def _report(manifest: Manifest, path: Path, failed: list[Failure], rate: float) 
     print(f"encode: {counts} images in {classes}, {human_bytes(size)} in {path}, {rate:.0f} images/s")
     if empty := np.flatnonzero(LatentCache(path).class_counts() == 0).tolist():
         first = printable(manifest.classes[empty[0]])
-        print(f"encode: {counted(len(empty), 'class')} without images, such as {first}: no sample can be drawn of it")
+        print(f"encode: {counted(len(empty), 'class')} without images, such as {first}: it cannot be sampled")
     if failed:
         print(f"encode: {counted(manifest.failed, 'image')} could not be read, listed in {path / FAILURES}; the first:")
         print(f"encode: {failed[0].key}: {failed[0].reason}")

@@ -55,7 +55,7 @@ def connect(precision: str) -> Accelerator:
     if kind == "FSDP":
         _check_fsdp(accelerator.state.fsdp_plugin)
     elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("accelerate's config file: FSDP shards weights across GPUs, and there is none")
+        raise ValueError("accelerate's config file: FSDP shards weights across GPUs, but no GPU was found")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("train.precision = fp16: a CPU would compute in float32 anyway: use fp32 or bf16")
     return accelerator

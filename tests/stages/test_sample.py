@@ -139,7 +139,7 @@ def test_a_class_all_of_whose_images_failed_is_not_drawn_nor_previewed(world: Wo
         file.write_bytes(b"nothing")
     cache = f"cache.path={tmp_path / 'cache'}"
     said = succeed("encode", world.config, tmp_path / "run", f"data.source={tmp_path / 'images'}", cache)
-    assert "encode: 1 class without images, such as ant: no sample can be drawn of it" in said
+    assert "encode: 1 class without images, such as ant: it cannot be sampled" in said
     given = train_on(world, tmp_path, ())
     assert state_of(tmp_path / "run", 8)["class_counts"] == [0, 6, 6]
     printed = succeed("sample", world.config, tmp_path / "run", *given)

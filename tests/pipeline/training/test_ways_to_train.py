@@ -236,5 +236,5 @@ def test_fsdp_leaves_precision_to_autocast_and_is_refused_without_a_gpu(monkeypa
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (None,) * 3
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="across GPUs, and there is none"):
+    with pytest.raises(ValueError, match="across GPUs, but no GPU was found"):
         connect("fp32")
