@@ -225,9 +225,9 @@ def evaluate(config: Config, run: Path, images: str | None, protocol: str | None
 @_errors_in_one_line
 def print_config() -> None:
     """Print every key of a config with its type, default and meaning."""
-    from stages.config import print_config_reference
+    from stages.config import config_reference
 
-    print_config_reference()
+    click.echo(config_reference(), nl=False)
 
 
 @main.command("train-vae")

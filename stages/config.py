@@ -25,11 +25,6 @@ def config_reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_config_reference() -> None:
-    """Print the reference."""
-    print(config_reference(), end="")
-
-
 def _table(prefix: str, section: type[Section], only: str | None = None) -> list[str]:
     """Return the keys of `section`, or the one called `only`, as the rows of a table."""
     properties = section.model_json_schema()["properties"]

@@ -100,34 +100,28 @@ class Previews:
 
             self._score = QuickScore(config, trained, device)
 
-    def measure(
-        self, weights: dict[str, Tensor], normalization: Normalization, *, heldout: bool, score: bool
-    ) -> dict[str, Any]:
+    def measure(self, model: LatentUNet, normalization: Normalization, *, heldout: bool, score: bool) -> dict[str, Any]:
         """Return the held-out loss and a quick score for the log, if they are requested and the run has them."""
         measured: dict[str, Any] = {}
         with optional("held-out loss and score"):
-            model = self._model(weights)
             if heldout and self._heldout:
                 measured |= self._heldout.measure(model, normalization)
             if score and self._score:
                 measured |= self._score.measure(self._draw(model, normalization, self._score.labels))
         return measured
 
-    def publish(self, weights: dict[str, Tensor], normalization: Normalization, images_seen: int) -> None:
+    def publish(self, model: LatentUNet, normalization: Normalization, images_seen: int) -> None:
         """Publish a sheet of samples, and update the strip of all previews."""
         with optional("preview"):
             labels = np.tile(self._shown, PER_CLASS)
-            images = self._draw(self._model(weights), normalization, labels)
-            save_png(
-                contact_sheet(images, labels.tolist(), self._manifest.classes), preview_file(self._run, images_seen)
-            )
+            images, file = self._draw(model, normalization, labels), preview_file(self._run, images_seen)
+            save_png(contact_sheet(images, labels.tolist(), self._manifest.classes), file)
             row = np.concatenate(list(images[-len(self._shown) :]), axis=1)
-            save_png(
-                Image.fromarray(row), preview_file(self._run, images_seen).parent / _ROWS / f"{images_seen:09d}.png"
-            )
+            save_png(Image.fromarray(row), file.parent / _ROWS / file.name)
             draw_strip(self._run)
 
-    def _model(self, weights: dict[str, Tensor]) -> LatentUNet:
+    def load(self, weights: dict[str, Tensor]) -> LatentUNet:
+        """Return the model with `weights`, in evaluation mode."""
         with torch.device("meta"):  # do not initialise weights that are replaced at once
             model = build_model(self._config, self._manifest)
         model.load_state_dict(weights, assign=True)

@@ -381,12 +381,13 @@ class Trainer:
         weights = gather_weights(self.averages[EMA[0]], self.accelerator)  # all processes take part
         if not self.previews:
             return
-        measured = self.previews.measure(weights, self.normalization, heldout=preview, score=score)
+        model = self.previews.load(weights)
+        measured = self.previews.measure(model, self.normalization, heldout=preview, score=score)
         if measured:
             values = {"step": self.step, "images_seen": self.images_seen, **measured}
             log_measured(self.run, values, self.config.train.images)
             tracker.log(values)
         if preview:
-            self.previews.publish(weights, self.normalization, self.images_seen)
+            self.previews.publish(model, self.normalization, self.images_seen)
         with optional("curves.png"):
             draw_curves(self.run)

@@ -211,8 +211,10 @@ def test_the_lock_of_a_killed_process_is_free_even_while_processes_live_that_it_
     with another(CacheWriter(path, plan, rows), lambda: forked(read_ahead)):
         child = int.from_bytes(os.read(reader, 8), "little")
     try:
-        with CacheWriter(path, plan, rows).claimed():
-            os.kill(child, 0)  # it is there
+        writer = CacheWriter(path, plan, rows)
+        with writer.claimed():
+            os.kill(child, 0)  # it is alive
+            assert writer.pending() == [0, 1, 2]
     finally:
         os.kill(child, signal.SIGKILL)
         os.close(reader)
