@@ -39,8 +39,9 @@ from data.storage import publish, publish_json
 from data.text import digest
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.noise import NoiseProcess
-from pipeline.sampling import image_generators, make_scheduler, sampling_loop
+from pipeline.device import pick_device
+from pipeline.noise import Level, NoiseProcess
+from pipeline.sampling import image_generators, sampling_loop
 from pipeline.training.distributed import connect
 from pipeline.training.setup import build_model, normalization_of
 from pipeline.unet import LatentUNet
@@ -120,7 +121,7 @@ class Contest:
         settings += [config.train.batch_size, config.train.precision]
         name = "".join(letter for letter in recipe.name if letter.isalnum())
         self.folder = to / f"{name}-{digest(map(repr, settings))[:8]}"
-        self.vae = FrozenVae(config.vae.source)
+        self.vae = FrozenVae(config.vae.source, pick_device())
         assert config.train.batch_size != "auto"
         self.batch_size = config.train.batch_size
 
@@ -210,13 +211,21 @@ class Contest:
     def _samples(self, network: nn.Module, labels: Tensor, guidance: float, steps: int) -> Iterator[np.ndarray]:
         """uint8 `B S S 3`, a batch at a time, by DDIM, in float32 as ours."""
         noise, null = NoiseProcess(schedule="linear", prediction="epsilon"), len(self.manifest.classes)
+        device = self.vae.device
+        network, labels = network.to(device), labels.to(device)
+
+        def denoise(classes: Tensor, x: Tensor, timestep: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            prediction = predict(network, x, timestep, labels=classes, null=null, guidance=guidance)
+            return 2 * (noise.clean(x, prediction, level),)
+
         for chunk in torch.arange(len(labels)).split(BATCH):
             latents = sampling_loop(
-                partial(predict, network, labels=labels[chunk], null=null, guidance=guidance),
-                make_scheduler("ddim", noise, steps),
+                partial(denoise, labels[chunk]),
+                noise.levels(steps),
+                "ddim",
                 shape=(self.manifest.latent_channels, *self.manifest.shape[1:]),  # of which shape[0] has stds, too
                 generators=image_generators(0, chunk.tolist()),
-                device=torch.device("cpu"),
+                device=device,
             )
             yield to_images(self.vae.decode(self.normalization.denormalize(latents))).cpu().numpy()
 

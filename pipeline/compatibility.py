@@ -40,17 +40,30 @@ def check_width(width: float, name: str) -> None:
         raise ValueError(f"{name} = {width:g}: give a width above 0 and below 0.28 for a power-function average")
 
 
-def check_sampler(scheduler: str, steps: int, schedule: str) -> None:
-    """Raise ValueError, naming the field, if `scheduler` cannot sample in `steps` a model trained on `schedule`."""
-    flow = schedule == "flow"
-    if flow != (scheduler == "euler"):
+def check_sampler(
+    scheduler: str, schedule: str, *, steps: int, start: float = 1.0, shift: float | None = None, form: str = "cfg"
+) -> None:
+    """Raise ValueError, naming the field, if a sampler with these settings cannot draw from a model that was trained on
+    the noise schedule `schedule`; `form` is that of guidance."""
+    if schedule == "flow":
+        if scheduler in ("ddpm", "ddim"):
+            instead = "euler" if scheduler == "ddim" else "euler_ancestral"
+            raise ValueError(
+                f"sample.scheduler: {scheduler} cannot sample a model trained on the flow schedule: use {instead},"
+                " which is the same for it"
+            )
+        return
+    most = round(start * STEPS)
+    if steps > most:
         raise ValueError(
-            f"sample.scheduler: {scheduler} cannot sample a model trained on the {schedule} schedule: use"
-            f" {'euler' if flow else 'ddpm or ddim'}"
+            f"sample.steps = {steps}: a model trained on the {schedule} schedule takes at most {most} steps, one for"
+            " each timestep"
         )
-    if not flow and steps > STEPS:
+    if shift is not None:
+        raise ValueError(f"sample.shift = {shift:g} is only for schedule flow: with {schedule} leave it at null")
+    if form == "cfg_zero":
         raise ValueError(
-            f"sample.steps = {steps}: {scheduler} takes at most {STEPS} steps, one for each timestep of the model"
+            "sample.guidance_form = cfg_zero is only for models trained on the flow schedule: use cfg or apg"
         )
 
 

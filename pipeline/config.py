@@ -244,12 +244,32 @@ class Train(Section):
 class Sample(Section):
     """How samples are drawn from a trained model, also for previews and evaluation."""
 
-    scheduler: Literal["ddpm", "ddim", "euler"] = "euler"
-    """Sampler; euler: for schedule flow; others: for the rest."""
+    scheduler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm++", "unipc"] = "euler"
+    """Sampler (docs/sampling.md); ddpm and ddim: not for schedule flow."""
     steps: PositiveInt = 25
-    """Sampling steps; for ddpm and ddim at most 1000."""
+    """Sampling steps; for the discrete schedules at most 1000."""
+    eta: float = Field(0.0, ge=0.0, le=1.0)
+    """ddim and euler: share of the noise that each step replaces; 0: none; 1: as in ddpm and euler_ancestral."""
+    shift: PositiveFloat | None = None
+    """Timestep shift of schedule flow in sampling; null: that of training."""
     guidance: NonNegativeFloat = 2.0
-    """Classifier-free guidance scale; 1: conditional model; 0: unconditional model."""
+    """Guidance scale; 1: conditional model; 0: unconditional model."""
+    guidance_by_class: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Guidance scales of single classes, by name; the others take guidance."""
+    guidance_form: Literal["cfg", "apg", "cfg_zero", "cfg++"] = "cfg"
+    """How guidance is computed (docs/sampling.md); cfg_zero: for schedule flow; cfg++: not for heun, dpm++, unipc."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How guidance changes over the steps, with the same mean; linear and cosine grow from none at pure noise."""
+    guidance_interval: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
+    """Noise levels sigma / alpha between which there is guidance, such as [0.2, 3]; null: everywhere."""
+    guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
+    """How far the standard deviation of a guided prediction is moved back to that of the conditional one; 0: not."""
+    guide: LocalPath | None = None
+    """Run folder or checkpoint of a weaker model that guides instead of the unconditional one; null: none."""
+    start: float = Field(1.0, gt=0.0, le=1.0)
+    """Time at which sampling starts; 1: pure noise; below: noise is added to the images of start_from."""
+    start_from: LocalPath | None = None
+    """Latent cache of images to start from, in turn the images of each class; needs start below 1."""
     per_class: PositiveInt = 10
     """Samples per class."""
     classes: tuple[str, ...] = ()
@@ -258,10 +278,43 @@ class Sample(Section):
     seed: Seed = 0
     """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
     batch_size: PositiveInt = 50
-    """Samples drawn at a time."""
+    """Samples drawn at a time; halved where memory runs out."""
+    compile: bool = False
+    """Use torch.compile: faster steps after about a minute of compilation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", exclude_if=lambda value: value == "auto")
     """Precision of the model; auto: bf16 on a GPU that supports it, else fp32 (same bits for any batch
     size on a CPU)."""
+
+    def check(self, schedule: str) -> None:
+        """Raise ValueError if these settings cannot draw from a model trained on the noise schedule `schedule`."""
+        form, shift = self.guidance_form, self.shift
+        check_sampler(self.scheduler, schedule, steps=self.steps, start=self.start, shift=shift, form=form)
+
+    @model_validator(mode="after")
+    def _parts(self) -> Sample:
+        form, scheduler = self.guidance_form, self.scheduler
+        if self.eta and scheduler not in ("ddim", "euler"):
+            raise ValueError(f"eta = {self.eta:g} is only for ddim and euler: with {scheduler} leave it at 0")
+        if (self.start < 1) != (self.start_from is not None):
+            raise ValueError(
+                f"start = {self.start:g} and start_from = {self.start_from} belong together: give a start below 1, such"
+                " as 0.6, and a latent cache of images"
+            )
+        if form == "cfg++" and scheduler in ("heun", "dpm++", "unipc"):
+            raise ValueError(
+                f"guidance_form = cfg++ does not work with scheduler {scheduler}: use ddim, euler, euler_ancestral or"
+                " ddpm"
+            )
+        if form in ("cfg_zero", "cfg++") and self.guide is not None:
+            raise ValueError(f"guide does not work with guidance_form {form}: use cfg or apg")
+        if form in ("apg", "cfg++") and self.guidance_rescale:
+            raise ValueError(f"guidance_rescale does not work with guidance_form {form}: use cfg or cfg_zero")
+        if self.guidance_interval and not self.guidance_interval[0] < self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            raise ValueError(
+                f"guidance_interval = [{low:g}, {high:g}]: give the lower noise level first, such as [0.2, 3]"
+            )
+        return self
 
 
 class Evaluate(Section):
@@ -305,7 +358,7 @@ class Config(Section):
         if self.evaluate.reference == "heldout" and self.data.heldout is None:
             raise ValueError("evaluate.reference = heldout: there are no held-out images: give data.heldout")
         check_weighting(self.train.weighting, self.noise.zero_terminal_snr)
-        check_sampler(self.sample.scheduler, self.sample.steps, self.noise.schedule)
+        self.sample.check(self.noise.schedule)
         return self
 
 

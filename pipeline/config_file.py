@@ -22,6 +22,8 @@ _TEXT_KEYS = (
     "source",
     "path",
     "init",
+    "guide",
+    "start_from",
     "matte",
     "image_column",
     "label_column",
@@ -46,6 +48,9 @@ def _keep_text(key: str, node: yaml.Node) -> yaml.Node:
     """Return the value of `key`, where names are kept as text: a folder can be named 007, a class no or 1e3."""
     if key in _TEXT_KEYS and isinstance(node, yaml.ScalarNode) and node.tag != _NULL:
         return yaml.ScalarNode(_TEXT, node.value)
+    if key == "guidance_by_class" and isinstance(node, yaml.MappingNode):
+        pairs = [(yaml.ScalarNode(_TEXT, name.value), scale) for name, scale in node.value]
+        return yaml.MappingNode(node.tag, pairs, node.start_mark)
     if key != "classes":
         return node
     entries = [node]

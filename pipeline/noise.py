@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -19,6 +20,19 @@ from torch import Tensor
 from pipeline.compatibility import STEPS, check_noise
 
 LEVELS = 10  # noise levels (equal ranges of timesteps) for which losses are logged
+
+
+class Level(NamedTuple):
+    """Describes a noise level: noisy latents are alpha x_0 + sigma e, and the model gets the timestep, in 0..1000."""
+
+    timestep: float
+    alpha: float
+    sigma: float
+
+    @property
+    def noise_share(self) -> float:
+        """Return sigma / (alpha + sigma): 0 without noise, 1 for pure noise, and t for flow matching."""
+        return self.sigma / (self.alpha + self.sigma)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,31 @@ class NoiseProcess:
         """Return noisy latents x_t = alpha_t x_0 + sigma_t e of latents x_0 and noise e, all `B C h w`."""
         alpha, sigma = self.coefficients(times)
         return alpha * latents + sigma * noise
+
+    def clean(self, x: Tensor, prediction: Tensor, level: Level) -> Tensor:
+        """Return the clean latents x_0 that the model's `prediction` at noisy latents `x` stands for."""
+        alpha, sigma = level.alpha, level.sigma
+        if self.prediction == "epsilon":
+            return (x - sigma * prediction) / alpha
+        if self.prediction == "x0":
+            return prediction
+        return (x if self.prediction == "flow" else alpha * x) - sigma * prediction
+
+    def levels(self, steps: int, *, start: float = 1.0, shift: float | None = None) -> list[Level]:
+        """Return the noise levels at which `steps` sampling steps begin, the noisiest first, evenly spaced in time.
+
+        They begin at the time `start` in 0..1; 1 is the noisiest. `shift` replaces that of training. Discrete timesteps
+        are whole numbers (Lin et al. 2024, section 3.3), so that there are at most `start` * 1000 of them.
+        """
+        if self.schedule == "flow":
+            shifted = replace(self, shift=self.shift if shift is None else shift)
+            times = shifted.apply_shift(np.linspace(start, start / steps, steps)) * STEPS
+        else:
+            # rounding can give arange one value too many, which would be timestep -1
+            last = round(start * STEPS)
+            times = np.round(np.arange(last, 0, -last / steps)[:steps]) - 1
+        alpha, sigma = self.coefficients(torch.from_numpy(times))
+        return [Level(*values) for values in np.stack([times, alpha.flatten(), sigma.flatten()], 1).tolist()]
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Return what the model should predict.

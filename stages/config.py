@@ -51,6 +51,8 @@ def _type(schema: dict[str, Any]) -> str:
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
         if key in schema and abs(schema[key]) < 2**53
     ]
+    if kind == "object":
+        return f"mapping of name to {_type(schema['additionalProperties'])}"
     words = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "null": "none"}
     return " ".join([words[kind], " and ".join(bounds)]).strip()
 

@@ -29,7 +29,6 @@ from pipeline.evaluation.features import Images, compute_features
 from pipeline.evaluation.measure import Measurement, Row
 from pipeline.evaluation.networks import open_network
 from pipeline.evaluation.receipt import print_table, save_page
-from pipeline.sampling import make_scheduler
 from pipeline.training.checkpoint import Checkpoint, checkpoint_path, open_checkpoint
 from pipeline.training.run_folder import EVAL, check_run_folder
 from pipeline.vae import FrozenVae
@@ -295,11 +294,10 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _times(config: Config, checkpoint: Checkpoint) -> list[float]:
-    """Return the noise levels of flow matching, 1 to 0, or the timesteps at which the model is evaluated."""
+    """Return the timesteps at which sampling steps begin, 1000 (pure noise) to 0."""
     settings = config.sample
-    scheduler = make_scheduler(settings.scheduler, checkpoint.state.noise, settings.steps)
-    values = scheduler.sigmas if settings.scheduler == "euler" else scheduler.timesteps
-    return [round(float(value), 6) for value in values]
+    levels = checkpoint.state.noise.levels(settings.steps, start=settings.start, shift=settings.shift)
+    return [round(level.timestep, 3) for level in levels]
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:

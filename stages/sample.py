@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,26 +14,32 @@ from unicodedata import normalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from data.cache.listing import Rows
 from data.cache.manifest import Plan
-from data.cache.reader import FAILURES, SHARD_ROWS, least_shard_rows
-from data.cache.writer import CacheWriter, EncodedShard
+from data.cache.reader import FAILURES, LatentCache, least_shard_rows
+from data.cache.writer import CacheWriter, EncodedShard, Job
 from data.sources.generated import SAMPLES
 from data.storage import probe, publish_json
-from data.text import digest
+from data.text import brief, digest
 from pipeline.compatibility import usable_guidance
-from pipeline.config import Config, Sample
+from pipeline.config import Config
 from pipeline.device import pick_device, sampling_dtype
 from pipeline.sampling import draw_samples
-from pipeline.training.checkpoint import Checkpoint, newest_checkpoint
+from pipeline.training.checkpoint import Checkpoint, checkpoint_at, newest_checkpoint
+
+SPEED_ONLY = {"batch_size", "compile"}  # keys of sample that change no image
 
 
-def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None) -> Path:
+def sample(
+    config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None, job: Job | None = None
+) -> Path:
     """Draw `sample.per_class` images of every requested class, from `checkpoint` or the newest one of the run.
 
-    Return the folder with their latents: `to`, or one in the run's folder.
+    Return the folder with their latents: `to`, or one in the run's folder. It is complete when the last job is done.
     """
     checkpoint = checkpoint or require_checkpoint(run)
     config, chosen = resolve_sample_settings(config, checkpoint)
@@ -42,17 +48,17 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
     names = checkpoint.state.classes
     keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
     rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
-    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows)
+    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows, job)
     if writer.is_done():
         print(f"sample: all done: {folder}")
         return folder
     probe(folder, "--run")
     with writer.claimed():
+        if writer.job.number == 0:
+            publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
         _draw_missing(config, checkpoint, writer, labels)
-        publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
         manifest = writer.finish()
-    assert manifest  # there is one job
-    if manifest.failed:
+    if manifest and manifest.failed:
         print(f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {folder / FAILURES}")
     return folder
 
@@ -68,13 +74,21 @@ def resolve_sample_settings(config: Config, checkpoint: Checkpoint) -> tuple[Con
 
     A line is printed for each setting that differs from the request; ValueError for one that is impossible."""
     state, requested = checkpoint.state, config.sample
+    requested.check(state.noise.schedule)
     chosen = choose_classes(requested.classes, state.classes, state.class_counts)
-    guidance, line = usable_guidance(requested.guidance, without_class=state.without_class, classes=len(state.classes))
+    by_class = {
+        state.classes[_find_class(name, state.classes, "sample.guidance_by_class")]: scale
+        for name, scale in requested.guidance_by_class.items()
+    }
+    guidance, line = requested.guidance, ""
+    if not requested.guide:  # without one, the null class guides
+        guidance, line = usable_guidance(guidance, without_class=state.without_class, classes=len(state.classes))
     if line:
         print(line)
+        by_class = {}
     every = chosen == list(range(len(state.classes)))
     names = () if every else tuple(state.classes[kind] for kind in chosen)
-    resolved = requested.changed(guidance=guidance, classes=names)
+    resolved = requested.changed(guidance=guidance, guidance_by_class=by_class, classes=names)
     return config.changed(sample=resolved), chosen
 
 
@@ -101,14 +115,14 @@ def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequen
             few = f"{len(empty):,} of {len(names):,}"
             print(f"sample: {few} classes have no images and are left out, the first of them {empty[0]!r}")
         return [kind for kind, count in enumerate(counts) if count]
-    chosen = list(dict.fromkeys(_find_class(each, names) for each in wanted))
+    chosen = list(dict.fromkeys(_find_class(each, names, "sample.classes") for each in wanted))
     for kind in chosen:
         if not counts[kind]:
             raise ValueError(f"sample.classes: {names[kind]!r} had no images in training, so it cannot be drawn")
     return chosen
 
 
-def _find_class(wanted: str, names: Sequence[str]) -> int:
+def _find_class(wanted: str, names: Sequence[str], field: str) -> int:
     indices = {form: kind for kind in range(len(names)) for form in (str(kind), f"index:{kind}")}
     same = [kind for kind, name in enumerate(names) if name == wanted] or [
         kind for kind, name in enumerate(names) if normalize("NFC", name) == normalize("NFC", wanted)
@@ -119,7 +133,7 @@ def _find_class(wanted: str, names: Sequence[str]) -> int:
         close = difflib.get_close_matches(wanted, names, n=3)
         known = [repr(name) for name in dict.fromkeys([*close, *names[:10]])] + ["..."] * (len(names) > 10)
         raise ValueError(
-            f"sample.classes: no class {wanted!r}: choose from {', '.join(known)} or the indices 0 to {len(names) - 1}"
+            f"{field}: no class {wanted!r}: choose from {', '.join(known)} or the indices 0 to {len(names) - 1}"
         )
     if indices.get(wanted, same[0]) != same[0]:
         index = indices[wanted]
@@ -133,51 +147,122 @@ def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
     if s.precision != "auto":
         tag += f"-{s.precision}"
-    if s.classes:
-        tag += "-" + digest([json.dumps(s.classes)])[:8]
+    shown = {"scheduler", "steps", "guidance", "seed", "per_class", "precision", *SPEED_ONLY}
+    if others := s.model_dump(mode="json", exclude_defaults=True, exclude=shown):
+        tag += "-" + digest([json.dumps(others["classes"] if [*others] == ["classes"] else others)])[:8]
     return run / "samples" / tag
 
 
-def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, labels: np.ndarray[Any, Any]) -> None:
-    device = pick_device()
-    model = checkpoint.ema_model().to(device)
+def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, labels: NDArray[np.int64]) -> None:
+    """Draw the samples of this job that are missing, batch by batch, and write each shard when it is complete."""
+    draw = _Drawing(config, checkpoint, labels)
     pending = writer.pending()
-    rows = sum(len(writer.plan.rows_of(shard)) for shard in pending)
-    started = time.monotonic()
-    with tqdm(total=rows, unit=" images", desc="sample", mininterval=1) as bar:
-        for shard in pending:
-            parts = []
-            for batch in _batches(writer.plan.rows_of(shard), config.sample.batch_size):
-                parts.append(_draw_batch(config.sample, checkpoint, model, device, batch, labels))
-                bar.update(len(batch))
-            moments = torch.cat(parts)[:, None].cpu().numpy()
-            writer.write(EncodedShard(shard, np.array(writer.plan.rows_of(shard)), moments, {}))
-    print(f"sample: {rows:,} images in {writer.path}, {rows / (time.monotonic() - started):.1f} images/s")
+    rows = np.array([row for shard in pending for row in writer.plan.rows_of(shard)], dtype=np.int64)
+    started, drawn = time.monotonic(), torch.empty(0)
+    with tqdm(total=len(rows), unit=" images", desc="sample", mininterval=1) as bar:
+        for batch in (rows[i : i + config.sample.batch_size] for i in range(0, len(rows), config.sample.batch_size)):
+            latents = draw(batch)
+            drawn = torch.cat([drawn, latents]) if len(drawn) else latents
+            while pending and len(drawn) >= (size := len(writer.plan.rows_of(pending[0]))):
+                shard = pending.pop(0)
+                moments, drawn = drawn[:size, None].cpu().numpy(), drawn[size:]
+                writer.write(EncodedShard(shard, np.array(writer.plan.rows_of(shard)), moments, {}))
+            bar.update(len(batch))
+    rate = len(rows) / (time.monotonic() - started)
+    print(f"sample: {len(rows):,} images in {writer.path}, {rate:.1f} images/s")
 
 
-def _draw_batch(
-    settings: Sample,
-    checkpoint: Checkpoint,
-    model: Any,
-    device: torch.device,
-    batch: range,
-    labels: np.ndarray[Any, Any],
-) -> torch.Tensor:
-    """Draw the samples with the indices `batch`: latents `B C h w`, on the scale of the VAE's decoder."""
-    latents = draw_samples(
-        model,
-        checkpoint.state.noise,
-        settings,
-        torch.from_numpy(labels[batch.start : batch.stop]),
-        indices=batch,
-        device=device,
-    )
-    return checkpoint.normalization.denormalize(latents)
+class _Drawing:
+    """Draws samples by their index, on the scale of the VAE's decoder."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, labels: NDArray[np.int64]) -> None:
+        self._settings, self._checkpoint, self._labels = config.sample, checkpoint, labels
+        self._device = pick_device()
+        self._model = self._prepared(checkpoint)
+        self._guide = self._prepared(_open_guide(config.sample.guide, checkpoint)) if config.sample.guide else None
+        self._images = _Images(config.sample.start_from, checkpoint, labels) if config.sample.start_from else None
+        by_class = config.sample.guidance_by_class
+        self._scales = [by_class.get(name, config.sample.guidance) for name in checkpoint.state.classes]
+
+    def _prepared(self, checkpoint: Checkpoint) -> Any:
+        model = checkpoint.ema_model().to(self._device)
+        return torch.compile(model) if self._settings.compile else model
+
+    def __call__(self, batch: NDArray[np.int64]) -> Tensor:
+        """Draw the samples with the indices `batch`: latents `B C h w`."""
+        normalization, labels = self._checkpoint.normalization, self._labels[batch]
+        start = normalization.normalize(self._images.load(batch).to(self._device)) if self._images else None
+        latents = draw_samples(
+            self._model,
+            self._checkpoint.state.noise,
+            self._settings,
+            torch.from_numpy(labels),
+            indices=batch.tolist(),
+            device=self._device,
+            scales=[self._scales[label] for label in labels],
+            guide=self._guide,
+            start=start,
+        )
+        return normalization.denormalize(latents)
 
 
-def _batches(rows: range, size: int) -> Iterator[range]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _open_guide(place: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Open the weaker model in `place`; ValueError if its predictions do not fit those of `checkpoint`."""
+    guide, skipped = checkpoint_at(place, "sample.guide")
+    for line in skipped:
+        print(f"skipped {line}")
+    pairs = {
+        name: (getattr(guide.state, name), getattr(checkpoint.state, name)) for name in ("normalization", "classes")
+    }
+    pairs |= {"vae": (guide.state.vae.weights_sha256, checkpoint.state.vae.weights_sha256)}
+    for name in ("schedule", "prediction", "zero_terminal_snr"):
+        pairs[f"noise.{name}"] = getattr(guide.state.noise, name), getattr(checkpoint.state.noise, name)
+    sizes = [each.model_config() for each in (guide, checkpoint)]
+    for name in ("in_channels", "sample_size"):
+        pairs[f"model {name}"] = sizes[0][name], sizes[1][name]
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ValueError(
+                f"sample.guide: {guide.path}: its {name} is {brief(theirs)}, that of the run is {brief(ours)}: give a"
+                " run that was trained on the same cache with the same noise process"
+            )
+    return guide
+
+
+class _Images:
+    """Reads the images that samples start from: of each class in turn, from the latent cache `path`."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, labels: NDArray[np.int64]) -> None:
+        self._cache = cache = LatentCache(path)
+        theirs, ours = cache.manifest.vae, checkpoint.state.vae
+        if theirs.weights_sha256 != ours.weights_sha256:
+            raise ValueError(f"sample.start_from: {path}: it was encoded by another VAE than the one of the run")
+        size = checkpoint.model_config()["sample_size"]
+        if cache.manifest.shape[1] != size:
+            raise ValueError(
+                f"sample.start_from: {path}: its latents are {cache.manifest.shape[1]} wide, those of the run {size}:"
+                " encode images of the same size"
+            )
+        self._channels = cache.manifest.latent_channels
+        self._places = np.zeros(len(labels), dtype=np.int64)
+        for kind in np.unique(labels):
+            name = checkpoint.state.classes[kind]
+            known = cache.manifest.classes.index(name) if name in cache.manifest.classes else None
+            mine = np.flatnonzero(cache.labels == known) if known is not None else np.empty(0, dtype=np.int64)
+            if not len(mine):
+                raise ValueError(f"sample.start_from: {path}: it has no images of class {name!r}: set sample.classes")
+            wanted = np.flatnonzero(labels == kind)
+            self._places[wanted] = mine[np.arange(len(wanted)) % len(mine)]
+
+    def load(self, batch: NDArray[np.int64]) -> Tensor:
+        """Read the posterior means that the samples `batch` start from: latents `B C h w` as float32."""
+        moments = self._cache.read_verified(self._places[batch])
+        return torch.from_numpy(moments[:, 0, : self._channels].astype(np.float32))
+
+
+def _shard_rows(count: int) -> int:
+    """Return the rows per shard: a power of two, small enough that several processes have work."""
+    return max(1 << min(max((count // 64).bit_length() - 1, 4), 10), least_shard_rows(count))
 
 
 def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
@@ -189,19 +274,19 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         views=("identity",),
         shape=(stored["in_channels"], stored["sample_size"], stored["sample_size"]),
         rows=count,
-        shard_rows=max(SHARD_ROWS, least_shard_rows(count)),
+        shard_rows=_shard_rows(count),
         batch_size=config.sample.batch_size,
         classes=checkpoint.state.classes,
         data_source=f"samples of {run.resolve().name}",
         data_bytes=0,
-        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
+        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude=SPEED_ONLY)]),
         image_size=checkpoint.state.image_size,
         preprocessing="none: drawn from a model",
         vae=checkpoint.state.vae,
     )
 
 
-def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _description(config: Config, checkpoint: Checkpoint, labels: NDArray[np.int64]) -> dict[str, Any]:
     """Return everything that is needed to draw the same samples again."""
     names = checkpoint.state.classes
     return {

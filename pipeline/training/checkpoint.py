@@ -128,6 +128,19 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def checkpoint_at(place: Path, field: str) -> tuple[Checkpoint, list[str]]:
+    """Open `place`, a checkpoint folder, or the newest intact checkpoint of the run in `place`.
+
+    Return it, and one line for each newer one that was skipped; ValueError names `field` if there is none.
+    """
+    if (place / _STATE).is_file():
+        return open_checkpoint(place), []
+    checkpoint, skipped = newest_checkpoint(place)
+    if not checkpoint:
+        raise ValueError(f"{field}: no intact checkpoint in {place}")
+    return checkpoint, skipped
+
+
 def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     """Open the checkpoint in `folder`; ValueError names the first file that is missing or, with `verify`, damaged."""
     try:

@@ -14,7 +14,13 @@ from data.text import brief
 from pipeline.config import Config, Model, Train
 from pipeline.latents import Normalization
 from pipeline.optim import lr_at, lr_breakpoints
-from pipeline.training.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, open_checkpoint
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    checkpoint_at,
+    checkpoint_path,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from pipeline.training.distributed import computer
 from pipeline.training.setup import ema_widths, normalization_of
 from pipeline.training.state import CacheIdentity
@@ -131,13 +137,7 @@ def load_init(model: LatentUNet, config: Config, manifest: Manifest) -> tuple[No
     """
     source = config.train.init
     assert source
-    skipped: list[str] = []
-    if (source / "state.json").is_file():
-        checkpoint: Checkpoint | None = open_checkpoint(source)
-    else:
-        checkpoint, skipped = newest_checkpoint(source)
-    if not checkpoint:
-        raise ValueError(f"train.init: no intact checkpoint in {source}")
+    checkpoint, skipped = checkpoint_at(source, "train.init")
     state = checkpoint.state
     pairs = [pair for pair in _model_pairs(checkpoint, config) if pair[0] != "model.dropout"]
     pairs += [

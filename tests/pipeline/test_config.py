@@ -9,6 +9,9 @@ from pipeline.config import Config, Sample
 from pipeline.config_file import _TEXT_KEYS, dump_config, load_config
 from tests.helpers.imports import ROOT
 
+SOLIDS = ROOT / "configs/solids.yaml"
+DISCRETE = ("noise.schedule=linear", "noise.prediction=v")
+
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:
     file = tmp_path / "small.yaml"
@@ -290,7 +293,7 @@ def test_what_is_dumped_is_loaded_to_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "euler"])
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, schedule: str, prediction: str, scheduler: str) -> None:
     overrides = [f"noise.schedule={schedule}", f"noise.prediction={prediction}", f"sample.scheduler={scheduler}"]
-    if len({schedule == "flow", prediction == "flow", scheduler == "euler"}) == 1:
+    if (schedule == "flow") == (prediction == "flow") and (schedule != "flow" or scheduler == "euler"):
         assert load(tmp_path, "", *overrides).noise.schedule == schedule
         return
     with pytest.raises(ValueError, match=rf"small\.yaml: .*{schedule}[^\n]*\Z"):
@@ -302,3 +305,52 @@ def test_held_out_images_are_a_share_or_a_place_as_written(tmp_path: Path) -> No
         config = load(tmp_path, f"data: {{heldout: {text}}}\n")
         assert config.data.heldout == value
         assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sample.scheduler=ddim"], "sample.scheduler: ddim cannot sample .* flow schedule: use euler,"),
+        (["sample.scheduler=ddpm"], "use euler_ancestral, which is the same for it"),
+        (["sample.eta=0.5", "sample.scheduler=unipc"], r"eta = 0.5 is only for ddim and euler"),
+        (["sample.start=0.6"], "start = 0.6 and start_from = None belong together"),
+        (["sample.start_from=caches/x"], "belong together"),
+        (
+            ["sample.guidance_form=cfg++", "sample.scheduler=heun"],
+            "cfg[+][+] does not work with scheduler heun: use ddim",
+        ),
+        (
+            ["sample.guidance_form=cfg_zero", "sample.guide=runs/x"],
+            "sample: guide does not work with guidance_form cfg_zero",
+        ),
+        (["sample.guidance_form=apg", "sample.guidance_rescale=0.5"], "guidance_rescale does not work with .* apg"),
+        (["sample.guidance_interval=[3, 0.2]"], r"guidance_interval = \[3, 0.2\]: give the lower"),
+        (["sample.guidance_interval=[-1, 2]"], "sample.guidance_interval.0 = -1"),
+        (["sample.steps=-3"], "sample.steps = -3"),
+        ([*DISCRETE, "sample.shift=2"], "sample.shift = 2 is only for schedule flow"),
+        ([*DISCRETE, "sample.guidance_form=cfg_zero"], "cfg_zero is only for models trained on the flow schedule"),
+        ([*DISCRETE, "sample.steps=1001"], "sample.steps = 1001: .* linear schedule takes at most 1000 steps"),
+        (
+            [*DISCRETE, "sample.start=0.5", "sample.start_from=x", "sample.steps=501"],
+            "sample.steps = 501: .* at most 500 steps",
+        ),
+    ],
+)
+def test_samplers_and_guidance_that_do_not_fit_are_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(SOLIDS, overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm++", "unipc"])
+def test_every_sampler_draws_from_every_schedule_and_prediction_but_ddpm_and_ddim_from_flow(scheduler: str) -> None:
+    for prediction in ("epsilon", "x0", "v"):
+        overrides = ["noise.schedule=cosine", f"noise.prediction={prediction}", f"sample.scheduler={scheduler}"]
+        assert load_config(SOLIDS, overrides).sample.scheduler == scheduler
+    if scheduler not in ("ddpm", "ddim"):
+        assert load_config(SOLIDS, [f"sample.scheduler={scheduler}"]).sample.scheduler == scheduler
+
+
+def test_classes_with_a_guidance_of_their_own_are_named_as_text() -> None:
+    config = load_config(SOLIDS, ["sample.guidance_by_class={no: 3, 007: 1.5, cat: 0}"])
+    assert config.sample.guidance_by_class == {"no": 3.0, "007": 1.5, "cat": 0.0}

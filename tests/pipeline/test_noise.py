@@ -1,26 +1,16 @@
-"""The noise process, the schedulers and guidance. A Gaussian data distribution has an exact denoiser in closed form, so
-that every sampler can be held against the distribution it should return."""
+"""The noise process."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from pipeline.noise import STEPS, NoiseProcess
-from pipeline.sampling import (
-    Denoise,
-    classifier_free_guidance,
-    image_generators,
-    make_scheduler,
-    sampling_loop,
-)
-from tests.helpers.models import CLASSES, scrambled
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 TO_PURE_NOISE = [NoiseProcess("scaled_linear", target, zero_terminal_snr=True) for target in ("v", "x0")]
@@ -30,11 +20,6 @@ DISCRETE = [
 ]
 FLOW = NoiseProcess("flow", "flow")
 PROCESSES = [*DISCRETE, FLOW]
-SAMPLERS = [*itertools.product(["ddpm", "ddim"], DISCRETE), ("euler", FLOW)]
-DETERMINISTIC = [(name, noise) for name, noise in SAMPLERS if name != "ddpm"]
-# stable diffusion's schedule leaves 7 % of the mean in what it takes for pure noise (Lin et al. 2024, section 3.1)
-BIASED = [("ddim", noise) for noise in DISCRETE if noise.schedule == "scaled_linear" and noise not in TO_PURE_NOISE]
-MEAN, STD = 1.5, 0.4  # of the Gaussian data
 
 
 def title(value: NoiseProcess | str) -> str:
@@ -50,27 +35,6 @@ def times_of(noise: NoiseProcess) -> Tensor:
 def latents_and_noise(count: int = 12) -> tuple[Tensor, Tensor]:
     both = torch.randn(2, count, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     return both[0] * 2 + 1, both[1]
-
-
-def exact(noise: NoiseProcess, mean: float, std: float) -> Denoise:
-    """What a perfect model predicts when every latent is drawn from N(mean, std^2)."""
-
-    def denoise(x: Tensor, timestep: Tensor) -> Tensor:
-        alpha, sigma = noise.coefficients(timestep.reshape(1))
-        surprise = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        return noise.target(mean + alpha * std**2 * surprise, sigma * surprise, timestep.reshape(1))
-
-    return denoise
-
-
-def sample(noise: NoiseProcess, name: str, denoise: Denoise, steps: int, count: int = 2, size: int = 32) -> Tensor:
-    return sampling_loop(
-        denoise,
-        make_scheduler(name, noise, steps),
-        shape=(4, size, size),
-        generators=image_generators(0, list(range(count))),
-        device="cpu",
-    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -207,197 +171,46 @@ def test_times_have_the_distribution_of_their_name(schedule: str) -> None:
         assert times.quantile(0.25).item() == pytest.approx(quartile, abs=8)
 
 
-@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair not in BIASED], ids=title)
-def test_with_an_exact_model_a_sampler_returns_the_distribution_of_the_data(name: str, noise: NoiseProcess) -> None:
-    x = sample(noise, name, exact(noise, MEAN, STD), steps=500)
-    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
-    assert x.std().item() == pytest.approx(STD, abs=0.01)
+@pytest.mark.parametrize("noise", PROCESSES, ids=title)
+def test_the_clean_latents_of_a_level_are_recovered_from_the_target(noise: NoiseProcess) -> None:
+    latents, e = latents_and_noise()
+    for level in noise.levels(7)[2:]:  # of the noise alone little could be recovered
+        times = torch.full((12,), level.timestep)
+        x, target = noise.add_noise(latents, e, times), noise.target(latents, e, times)
+        assert torch.allclose(noise.clean(x, target, level), latents, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "noise"), DETERMINISTIC, ids=title)
-def test_deterministic_samplers_carry_noise_to_the_same_quantile_of_the_data(name: str, noise: NoiseProcess) -> None:
-    x = sample(noise, name, exact(noise, MEAN, STD), steps=1000, count=1, size=8)
-    start = torch.randn(4, 8, 8, generator=image_generators(0, [0])[0])
-    alpha, sigma = noise.coefficients(torch.tensor([STEPS if noise.schedule == "flow" else STEPS - 1]))
-    quantile = (start - alpha[0] * MEAN) / (alpha[0] ** 2 * STD**2 + sigma[0] ** 2).sqrt()
-    assert torch.allclose(x[0], MEAN + STD * quantile, atol=0.03)
+@pytest.mark.parametrize("noise", PROCESSES, ids=title)
+def test_any_number_of_steps_goes_evenly_from_the_noisiest_timestep_to_no_noise(noise: NoiseProcess) -> None:
+    flow = noise.schedule == "flow"
+    for steps in (*range(1, 60), *range(60, STEPS, 61), STEPS):
+        path = [*(level.timestep for level in noise.levels(steps)), 0.0 if flow else -1.0]
+        sizes = [now - then for now, then in itertools.pairwise(path)]
+        assert (len(sizes), path[0]) == (steps, STEPS if flow else STEPS - 1)
+        assert min(sizes) > (0.99 if not flow else STEPS / steps - 1e-6)
+        assert max(sizes) - min(sizes) <= (1 if not flow else 1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 40, 125, 500])
-@pytest.mark.parametrize(("name", "noise"), DETERMINISTIC, ids=title)
-def test_where_all_data_is_one_point_deterministic_samplers_land_on_it(
-    name: str, noise: NoiseProcess, steps: int
-) -> None:
-    x = sample(noise, name, exact(noise, MEAN, 0.0), steps, count=1, size=8)
-    assert torch.allclose(x, torch.tensor(MEAN), atol=1e-2)
+def test_a_later_start_goes_as_evenly_from_its_time() -> None:
+    assert [level.timestep for level in FLOW.levels(3, start=0.6)] == pytest.approx([600, 400, 200])
+    assert [level.timestep for level in DISCRETE[0].levels(3, start=0.6)] == [599, 399, 199]
 
 
-@pytest.mark.parametrize("steps", [60, 150, 600])
-@pytest.mark.parametrize(("name", "noise"), [pair for pair in SAMPLERS if pair not in BIASED], ids=title)
-def test_the_number_of_steps_need_not_divide_that_of_training(name: str, noise: NoiseProcess, steps: int) -> None:
-    x = sample(noise, name, exact(noise, MEAN, STD), steps)
-    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_any_number_of_steps_goes_evenly_from_the_noisiest_timestep_to_no_noise(name: str) -> None:
-    for steps in range(1, STEPS + 1):
-        scheduler = make_scheduler(name, DISCRETE[0], steps)
-        path = [*scheduler.timesteps.tolist(), int(scheduler.previous_timestep(scheduler.timesteps[-1]))]
-        sizes = -np.diff(path)
-        assert (len(sizes), path[0], path[-1]) == (steps, STEPS - 1, -1)
-        assert sizes.min() >= 1
-        assert sizes.max() - sizes.min() <= 1
-
-
-@pytest.mark.parametrize("steps", [1, 10, 25, 50, 250, 1000])
-@pytest.mark.parametrize("noise", [*DISCRETE[:3], TO_PURE_NOISE[0]], ids=title)
-@pytest.mark.parametrize(("name", "theirs"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
-def test_where_the_steps_divide_those_of_training_samples_are_those_of_diffusers(
-    name: str, theirs: Any, noise: NoiseProcess, steps: int
-) -> None:
-    scheduler = theirs(**noise.diffusers_options(), clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(steps)
-    denoise, options = exact(noise, MEAN, STD), {"shape": (4, 2, 2), "device": torch.device("cpu")}
-    ours, expected = (
-        sampling_loop(denoise, each, generators=image_generators(0, [0, 1]), **options)
-        for each in (make_scheduler(name, noise, steps), scheduler)
-    )
-    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-def line_to_the_outcome(name: str, noise: NoiseProcess, steps: int) -> tuple[float, float, float]:
-    """Slope, intercept and added standard deviation of what a sampler with an exact denoiser makes of its first noise:
-    each step is linear in x. In float64, from the betas of the papers, without diffusers' schedulers."""
-    if noise.schedule == "cosine":
-        bar = np.cos((np.arange(STEPS + 1) / STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    elif noise.schedule == "linear":
-        betas = np.linspace(1e-4, 0.02, STEPS)
-    else:
-        betas = np.linspace(0.00085**0.5, 0.012**0.5, STEPS) ** 2
-    bars = np.cumprod(1 - betas)
-    if noise.zero_terminal_snr:
-        root = np.sqrt(bars)
-        bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    slope, intercept, variance = 1.0, 0.0, 0.0
-    path = [*(np.round(STEPS * (1 - np.arange(steps) / steps)).astype(int) - 1), None]
-    for t, s in itertools.pairwise(path):
-        now, then = bars[t], 1.0 if s is None else bars[s]
-        gain = now**0.5 * STD**2 / (now * STD**2 + 1 - now)  # x_0 is MEAN + gain (x - alpha MEAN)
-        of_clean = np.array([gain, MEAN * (1 - gain * now**0.5)])  # slope and intercept in x
-        if name == "ddim":
-            of_noise = (np.array([1.0, 0.0]) - now**0.5 * of_clean) / (1 - now) ** 0.5
-            step, added = then**0.5 * of_clean + (1 - then) ** 0.5 * of_noise, 0.0
-        else:  # Ho et al. 2020, equations 6 and 7
-            beta = 1 - now / then
-            step = (then**0.5 * beta * of_clean + np.array([(now / then) ** 0.5 * (1 - then), 0.0])) / (1 - now)
-            added = (1 - then) / (1 - now) * beta
-        slope, intercept, variance = step[0] * slope, step[0] * intercept + step[1], step[0] ** 2 * variance + added
-    return slope, intercept, variance**0.5
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 61, 62, 122, 501])
-@pytest.mark.parametrize("noise", DISCRETE, ids=title)
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_with_an_exact_model_any_number_of_steps_gives_what_can_be_computed(
-    name: str, noise: NoiseProcess, steps: int
-) -> None:
-    slope, intercept, added = line_to_the_outcome(name, noise, steps)
-    x = sample(noise, name, exact(noise, MEAN, STD), steps, count=2)
-    start = torch.stack([torch.randn(4, 32, 32, generator=each) for each in image_generators(0, [0, 1])])
-    if name == "ddim":
-        assert torch.allclose(x, slope * start + intercept, atol=2e-3)
-        return
-    rest = x - slope * start - intercept
-    assert rest.mean().item() == pytest.approx(0, abs=4 * added / rest.numel() ** 0.5 + 2e-3)
-    assert rest.std().item() == pytest.approx(added, rel=0.03, abs=2e-3)
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_more_steps_than_timesteps_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^sample\.steps = 1001: {name} takes at most 1000 steps"):
-        make_scheduler(name, DISCRETE[0], 1001)
-    assert len(make_scheduler("euler", FLOW, 1001).timesteps) == 1001
-
-
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
-def test_samplers_do_not_clip_latents(name: str, noise: NoiseProcess) -> None:
-    x = sample(noise, name, exact(noise, 7.0, 0.1), steps=25, count=1, size=8)
-    assert x.mean().item() == pytest.approx(7, abs=0.1)
-
-
-@pytest.mark.parametrize("steps", [1, 10, 25, 50])
-@pytest.mark.parametrize(("name", "noise"), SAMPLERS, ids=title)
-def test_sampling_starts_at_the_noisiest_timestep(name: str, noise: NoiseProcess, steps: int) -> None:
-    scheduler = make_scheduler(name, noise, steps)
-    assert len(scheduler.timesteps) == steps
-    assert scheduler.timesteps[0] == (STEPS if name == "euler" else STEPS - 1)
-    assert steps == 1 or (scheduler.timesteps.diff() < 0).all()
-
-
-@pytest.mark.parametrize(("name", "noise"), [("euler", DISCRETE[0]), ("ddpm", FLOW), ("ddim", FLOW)], ids=title)
-def test_a_sampler_of_another_process_is_refused(name: str, noise: NoiseProcess) -> None:
-    with pytest.raises(ValueError, match=rf"^sample.scheduler: {name} cannot sample .* {noise.schedule} schedule"):
-        make_scheduler(name, noise, 25)
-
-
-def test_guidance_interpolates_and_extrapolates_between_two_models() -> None:
-    model = scrambled()
-    x, labels = latents_and_noise(3)[0][:, :, :2, :2].repeat(1, 1, 2, 2), torch.tensor([0, 1, 2])
-    conditional = model(x, 500, labels).sample
-    unconditional = model(x, 500, torch.full_like(labels, CLASSES)).sample
-    time = torch.tensor(500)
-    assert torch.equal(classifier_free_guidance(model, labels, 1.0)(x, time), conditional)
-    assert torch.equal(classifier_free_guidance(model, labels, 0.0)(x, time), unconditional)
-    for scale in (2.0, 0.5):
-        expected = unconditional + scale * (conditional - unconditional)
-        assert torch.allclose(classifier_free_guidance(model, labels, scale)(x, time), expected, atol=1e-4)
-    assert (conditional - unconditional).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize(("name", "noise"), [("ddpm", DISCRETE[0]), ("ddim", DISCRETE[7]), ("euler", FLOW)], ids=title)
-def test_a_sample_depends_on_its_index_alone(name: str, noise: NoiseProcess) -> None:
-    model = scrambled()
-
-    def images(indices: list[int]) -> Tensor:
-        return sampling_loop(
-            classifier_free_guidance(model, torch.tensor(indices) % CLASSES, 2.0),
-            make_scheduler(name, noise, 5),
-            shape=(4, 4, 4),
-            generators=image_generators(9, indices),
-            device="cpu",
-        )
-
-    together = images([0, 1, 2, 3, 4])
-    scale = together.abs().max()
-    assert torch.allclose(torch.cat([images([i]) for i in range(5)]) / scale, together / scale, atol=1e-4)
-    assert torch.allclose(images([4, 1]) / scale, together[[4, 1]] / scale, atol=1e-4)
-    assert (together[0] - together[3]).abs().max() > 1e-2 * scale  # of one class, and yet not alike
-
-
-def test_neighbouring_seeds_and_indices_share_no_noise() -> None:
-    generators = [generator for seed in range(3) for generator in image_generators(seed, [0, 1, 2])]
-    assert len({generator.initial_seed() for generator in generators}) == 9
+def test_the_levels_are_those_that_training_used() -> None:
+    for noise in PROCESSES:
+        for level in noise.levels(11):
+            alpha, sigma = (value.item() for value in noise.coefficients(torch.tensor([level.timestep])))
+            assert (level.alpha, level.sigma) == pytest.approx((alpha, sigma), abs=1e-6)
+            assert level.noise_share == pytest.approx(sigma / (alpha + sigma), abs=1e-6)
 
 
 def test_a_shift_moves_the_draws_of_training_and_the_steps_of_sampling_alike() -> None:
     noise = NoiseProcess("flow", "flow", "logit_normal", shift=3.0)
     drawn = noise.draw_timesteps(40_000, torch.Generator().manual_seed(0))
     assert drawn.median().item() == pytest.approx(750, abs=8)  # of 1/2: 3/2 / (1 + 2/2)
-    plain = make_scheduler("euler", NoiseProcess("flow", "flow"), 5).sigmas
-    expected = 3 * plain / (1 + 2 * plain)
-    torch.testing.assert_close(make_scheduler("euler", noise, 5).sigmas, expected)
-    assert (expected[0], expected[-1]) == (1, 0)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 25])
-def test_euler_takes_equal_steps_and_none_is_wasted(steps: int) -> None:
-    times: list[float] = []
-
-    def denoise(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        times.append(timestep.item() / STEPS)
-        return torch.zeros_like(x)
-
-    sample(FLOW, "euler", denoise, steps, count=1, size=2)
-    assert times == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-6)
+    plain = torch.tensor([level.sigma for level in FLOW.levels(5)])
+    expected = (3 * plain / (1 + 2 * plain)).tolist()
+    assert [level.sigma for level in noise.levels(5)] == pytest.approx(expected)
+    assert [level.sigma for level in FLOW.levels(5, shift=3.0)] == pytest.approx(expected)
+    assert [level.sigma for level in noise.levels(5, shift=1.0)] == pytest.approx(plain.tolist())
+    assert expected[0] == 1

@@ -29,9 +29,10 @@ from data.cache.reader import LatentCache
 from data.loader import LatentLoader
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.guidance import GuidedModel
 from pipeline.latents import _columns
 from pipeline.noise import NoiseProcess, _alphas_cumprod
-from pipeline.sampling import classifier_free_guidance, image_generators, make_scheduler, sampling_loop
+from pipeline.sampling import image_generators, sampling_loop
 from pipeline.training.distributed import connect
 from pipeline.training.trainer import Trainer
 from pipeline.vae import FrozenVae, to_images, to_pixels
@@ -151,18 +152,22 @@ def test_it_encodes_and_decodes(world: World, gpu: None) -> None:
 
 @pytest.mark.parametrize(
     ("sampler", "schedule", "prediction"),
-    [("euler", "flow", "flow"), ("ddim", "cosine", "v"), ("ddpm", "linear", "epsilon"), ("ddim", "linear", "x0")],
+    [
+        ("euler", "flow", "flow"),
+        ("heun", "flow", "flow"),
+        ("unipc", "flow", "flow"),
+        ("ddim", "cosine", "v"),
+        ("ddpm", "linear", "epsilon"),
+        ("dpm++", "linear", "x0"),
+    ],
 )
 def test_it_samples(trainer: Trainer, sampler: str, schedule: str, prediction: str) -> None:
+    noise = NoiseProcess(schedule=schedule, prediction=prediction)
     with unset_fake_temporarily():  # a schedule lies on the CPU, where it has values
-        scheduler = make_scheduler(sampler, NoiseProcess(schedule=schedule, prediction=prediction), 2)
-        scheduler.timesteps = scheduler.timesteps.tolist()
-        scheduler.previous_timestep = {999: 499, 499: -1}.get
-        if sampler == "euler":
-            scheduler.set_begin_index(0)
-    labels = torch.zeros(2, dtype=torch.int64, device=GPU)
+        levels = noise.levels(2)
+    guided = GuidedModel(trainer.model, noise, torch.zeros(2, dtype=torch.int64, device=GPU), [1.5, 2.0])
     places = {"shape": (4, 4, 4), "generators": image_generators(0, [0, 1]), "device": GPU}
-    assert sampling_loop(classifier_free_guidance(trainer.model, labels, 2.0), scheduler, **places).device == GPU
+    assert sampling_loop(guided, levels, sampler, **places).device == GPU
 
 
 def test_tensors_of_two_devices_and_a_value_that_is_asked_for_are_found(gpu: None) -> None:
