@@ -3,12 +3,12 @@
     python -m benchmarks.ablation --config configs/solids.yaml --a train.optimizer=adamw --b train.optimizer=muon \
         --minutes 4 --minutes 10 --seeds 2 --to runs/ablation/muon
 
-Further `--b` are measured against the same a. First all train a few steps in turn, which gives their images/s on this
-machine. Then each trains for every budget from nothing, for as many images as it can see in that time and with its
-learning rate planned for them, and its samples are measured as `latentmill evaluate` does. Minutes are those of one CPU
-core (or of the GPU, where there is one): four minutes on two cores are two by the clock. Prints a table, and writes
-`ablation.json` and `ablation.png`. What is there already is not done again: an interrupted ablation goes on. It needs a
-machine that does nothing else.
+Further `--b` are measured against the same a. First all train a few steps in turn, which gives the images that each
+sees in a minute of one CPU core (or of the GPU, where there is one): four minutes on two cores are two by the clock.
+These rates need a machine that does nothing else, and are kept in `rates.json`. Then each trains for every budget from
+nothing, for as many images as it can see in that time and with its learning rate planned for them, and its samples are
+measured as `latentmill evaluate` does. Prints a table, and writes `ablation.json` and `ablation.png`. What is there
+already is not done again: an interrupted ablation goes on, also on a faster machine, with the images of `rates.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
 from stages.train import train
 
-ROUNDS, STEPS = 8, 10  # of which the median is a variant's images/s; the first round is a warm-up
+ROUNDS, ROUND_SECONDS = 8, 3.0  # of which the median is a variant's speed; the first round is a warm-up
 NAMES = "abcdefghijkl"
 
 
@@ -84,7 +84,7 @@ def main(
     variants = dict(zip(NAMES, (first, *others), strict=False))
     configs = {name: load_config(file, [*fixed, *own.split()]) for name, own in variants.items()}
     encode(configs["a"], parse_job(None))
-    rates = measure_rates(configs)
+    rates = kept_rates(to / "rates.json", configs)
     runs = [
         trained(configs[name], name, rates[name], budget, seed, to)
         for budget in sorted(minutes)
@@ -102,7 +102,7 @@ def main(
         "config": str(file),
         "common": list(common),
         "variants": variants,
-        "images_per_second": rates,
+        "images_per_minute": rates,
         "samples": images,
         "runs": [
             {"variant": r.variant, "minutes": r.minutes, "seed": r.seed, "images": r.images, "seconds": r.took}
@@ -116,27 +116,43 @@ def main(
     draw(runs, to / "ablation.png")
 
 
+def kept_rates(file: Path, configs: dict[str, Config]) -> dict[str, float]:
+    """Return what `measure_rates` says of all `configs`, from `file` for those that it knows."""
+    kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if missing := {name: config for name, config in configs.items() if name not in kept}:
+        kept |= measure_rates(missing)
+        publish_json(file, kept)
+    return kept
+
+
 def measure_rates(configs: dict[str, Config]) -> dict[str, float]:
-    """Images/s of each config: medians over rounds in which they take turns, since the machine's speed drifts."""
+    """Return the images that each config sees in a minute of one core or of the GPU.
+
+    They are medians over rounds in which the configs take turns, since the machine's speed drifts.
+    """
     accelerator = connect(next(iter(configs.values())).train.precision)
     rates: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: Trainer(config, Path(folder) / name, accelerator, None) for name, config in configs.items()}
+        counts = dict.fromkeys(trainers, 2)  # steps in a round
         for number in range(ROUNDS + 1):
             for name, trainer in trainers.items():
                 started = time.perf_counter()
-                for _ in range(STEPS):
+                for _ in range(counts[name]):
                     trainer.train_step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
+                taken = time.perf_counter() - started
                 if number:
-                    rates[name].append(STEPS * trainer.batch_size / (time.perf_counter() - started))
+                    rates[name].append(per_minute(counts[name] * trainer.batch_size, taken))
+                else:
+                    counts[name] = max(round(counts[name] * ROUND_SECONDS / taken), 1)
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
-def seconds(minutes: float) -> float:
-    """What `minutes` of one core are by the clock: training uses all cores, or one GPU."""
-    return 60 * minutes / (1 if torch.cuda.is_available() else torch.get_num_threads())
+def per_minute(images: int, seconds: float) -> float:
+    """Return how many images a minute of one core sees, or one of the GPU; training uses all cores, or one GPU."""
+    return 60 * images / seconds / (1 if torch.cuda.is_available() else torch.get_num_threads())
 
 
 def trained(config: Config, name: str, rate: float, minutes: float, seed: int, to: Path) -> Trained:
@@ -145,7 +161,7 @@ def trained(config: Config, name: str, rate: float, minutes: float, seed: int, t
     assert batch != "auto"
     run = to / f"{name}-{minutes:g}min-seed{seed}"
     before = load_config(run / "config.yaml") if (run / "config.yaml").exists() else None
-    fitting = max(int(rate * seconds(minutes) / batch), 1) * batch
+    fitting = max(int(rate * minutes / batch), 1) * batch
     images = before.train.images if before else fitting  # by the rate of then
     settings = {"images": images, "seed": seed, "preview_every": images, "checkpoint_every": images}
     settings["warmup"] = min(config.train.warmup, images // 10)

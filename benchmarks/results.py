@@ -24,7 +24,7 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.ablation import Trained, measure_rates, trained
+from benchmarks.ablation import Trained, kept_rates, trained
 from benchmarks.pixels import SOURCE, without_vae
 from data.cache.manifest import Manifest
 from data.storage import publish
@@ -75,7 +75,7 @@ def main(file: Path, overrides: tuple[str, ...], minutes: float, images: int, ru
         " `benchmarks/results.py`; kernel distances are x 1000, by EfficientNet-Lite0 against the images of training,"
         " with intervals of 95 % over samples ([evaluation.md](evaluation.md)).\n",
         f"## What is learnt, and by what, after {minutes:g} CPU minutes of training each\n",
-        table(["", "images/s", "images seen", "kernel distance", "shows its class"], list(results.values())),
+        table(["", "images a minute", "images seen", "kernel distance", "shows its class"], list(results.values())),
         "\n## Latents from the cache, or the VAE in the loop\n",
         f"```\n{vae_in_the_loop(file, overrides, runs)}\n```",
         "\n## Samplers\n",
@@ -103,15 +103,13 @@ def result(way: str, config: Config, minutes: float, runs: Path) -> list[str]:
     with without_vae() if config.vae.source == SOURCE else contextlib.nullcontext():
         encode(config, parse_job(None))
         run = run_of(way, config, minutes, runs)
-    rate = run.images / run.took
-    return [way, f"{rate:.0f}", f"{run.images:,}", *shown(run.figures, "KD", "accuracy")]
+    return [way, f"{run.images / minutes:,.0f}", f"{run.images:,}", *shown(run.figures, "KD", "accuracy")]
 
 
 def run_of(way: str, config: Config, minutes: float, runs: Path) -> Trained:
     """The run of a way, trained where it is not there yet."""
     name = "".join(c if c.isalnum() else "-" for c in way)
-    there = (runs / f"{name}-{minutes:g}min-seed{config.train.seed}" / "config.yaml").exists()
-    rate = 0.0 if there else measure_rates({way: config})[way]
+    rate = kept_rates(runs / "rates.json", {name: config})[name]
     return trained(config, name, rate, minutes, config.train.seed, runs)
 
 

@@ -8,11 +8,11 @@ as long as the longest time, and are measured on the way, where a rate that fall
 counts is when ours is as good as they are at the end. Each peer's learning rate is the best of `RATES` after a short
 training, and its guidance and steps of DDIM the best of `GUIDANCES` and `STEPS` at the end; ours takes the config's.
 Minutes are those of one CPU core, or of the GPU. Every set of samples is measured by the code of
-`latentmill evaluate --images`. Prints a table, and writes
-`time_to_quality.json` and `time_to_quality.png`.
+`latentmill evaluate --images`. Prints a table, and writes `time_to_quality.json` and `time_to_quality.png`.
 
-What is there already is not done again, so an interrupted night goes on at the peer that it came to. It needs a machine
-that does nothing else.
+The images that each sees in a minute are measured first, one after the other, and kept in `rates.json`: this needs a
+machine that does nothing else. What is there already is not done again, so an interrupted night goes on where it was,
+also on a faster machine, with the images of `rates.json`. `--only` selects recipes, for several processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ablation import measure_rates, seconds, trained
+from benchmarks.ablation import kept_rates, per_minute, trained
 from benchmarks.peers import RECIPES, Peer, Recipe, build, matching, predict, step_flops
 from data.cache.reader import LatentCache
 from data.sources.generated import write_npz
@@ -64,6 +64,7 @@ ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
 @click.option("--ours", multiple=True, type=float, default=(12, 15), show_default=True, help="Further ones of ours.")
 @click.option("--sweep", default=5.0, show_default=True, help="CPU minutes of training for each rate of a peer.")
 @click.option("--images", default=1000, show_default=True, help="Samples that are measured each time.")
+@click.option("--only", multiple=True, help="Train and measure only this recipe (or ours); no table is made.")
 @click.option("--to", type=LocalPath(), default=Path("runs/time_to_quality"), show_default=True)
 def main(
     file: Path,
@@ -72,33 +73,39 @@ def main(
     ours: tuple[float, ...],
     sweep: float,
     images: int,
+    only: tuple[str, ...],
     to: Path,
 ) -> None:
     config = load_config(file, [*overrides, f"evaluate.images={images}"])
     encode(config, parse_job(None))
     contests = [Contest(recipe, config, to) for recipe in RECIPES]
-    rates = kept_rates(to / "rates.json", config, contests)
-    curves = {each.recipe.name: each.curve(sorted(minutes), sweep, images, rates) for each in contests}
-    curves["ours"] = []
-    for budget in sorted({*minutes, *ours}):
-        run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
-        curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
+    rates = all_rates(to / "rates.json", config, contests)
+    curves = {
+        each.recipe.name: each.curve(sorted(minutes), sweep, images, rates)
+        for each in contests
+        if not only or each.recipe.name in only
+    }
+    if not only or "ours" in only:
+        curves["ours"] = []
+        for budget in sorted({*minutes, *ours}):
+            run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
+            figures = _figures(run.figures)
+            curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **figures})
+    if only:
+        return
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
     print_table(curves)
     plot(curves, to / "time_to_quality.png")
 
 
-def kept_rates(file: Path, config: Config, contests: list[Contest]) -> dict[str, float]:
-    """Images/s of all, measured one after the other before anything else, so that a machine that is busy later gives
-    nobody fewer images; those that are kept from before count."""
+def all_rates(file: Path, config: Config, contests: list[Contest]) -> dict[str, float]:
+    """Return the images that each recipe sees in a minute, measured before anything else, so that a machine that is
+    busy later gives nobody fewer images."""
     kept: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    for contest in contests:
-        if contest.folder.name not in kept:
-            kept[contest.folder.name] = contest.measure_rate()
-    if "ours" not in kept:
-        kept["ours"] = measure_rates({"ours": config})["ours"]
-    publish_json(file, kept)
-    print("images/s:", ", ".join(f"{name} {rate:.1f}" for name, rate in kept.items()), flush=True)
+    if missing := [contest for contest in contests if contest.folder.name not in kept]:
+        publish_json(file, kept | {contest.folder.name: contest.measure_rate() for contest in missing})
+    kept = kept_rates(file, {"ours": config})
+    print("images a minute:", ", ".join(f"{name} {rate:,.0f}" for name, rate in kept.items()), flush=True)
     return kept
 
 
@@ -126,17 +133,19 @@ class Contest:
         self.batch_size = config.train.batch_size
 
     def measure_rate(self) -> float:
-        """Images/s: the median over rounds, the first of which warms up."""
+        """Return the images that it sees in a minute: the median over rounds, the first of which warms up."""
         peer, seconds_a_round = self._peer(RATES[0], 10**6), []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
             for _ in range(STEPS_A_ROUND):
                 peer.step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds_a_round.append(time.perf_counter() - started)
-        return STEPS_A_ROUND * self.batch_size / statistics.median(seconds_a_round[1:])
+        return per_minute(STEPS_A_ROUND * self.batch_size, statistics.median(seconds_a_round[1:]))
 
     def curve(self, minutes: list[float], sweep: float, images: int, rates: dict[str, float]) -> list[dict[str, Any]]:
-        """The figures at each time, with the best learning rate, guidance and steps, at images/s of `rates`."""
+        """The figures at each time, with the best learning rate, guidance and steps, at the speed in `rates`."""
         self.rate = rates[self.folder.name]
         start: dict[str, Any] = {"guidance": 2.0, "steps": STEPS[0]}
         by_rate = {lr: self._distance(self._train(lr, [sweep])[0], CHOSEN_WITH, **start) for lr in RATES}
@@ -160,7 +169,7 @@ class Contest:
         if all(place.exists() for place in places):
             return places
         due = {
-            max(round(seconds(budget) * self.rate / self.batch_size), 1): place
+            max(round(budget * self.rate / self.batch_size), 1): place
             for budget, place in zip(minutes, places, strict=True)
         }
         peer = self._peer(lr, max(due))
