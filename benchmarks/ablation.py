@@ -169,7 +169,7 @@ def trained(config: Config, name: str, rate: float, minutes: float, seed: int, t
     if before and any(getattr(before, part) != getattr(config, part) for part in ("cache", "model", "noise", "train")):
         raise ValueError(f"{run}: a run of other settings: delete it, or give another --to")
     train(config, run)
-    evaluation = Evaluation(config, run, None)
+    evaluation = Evaluation(config, run, None, samples_only=True)
     figures = evaluation.receipt()["figures"]["samples"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = [line["heldout_loss"] for line in log if "heldout_loss" in line]

@@ -172,7 +172,7 @@ def drawn(way: str, config: Config, minutes: float, runs: Path, **sample: Any) -
     """The run of a way with other settings of `sample`, and its receipt."""
     run = run_of(way, config, minutes, runs)
     changed = config.changed(sample=config.sample.changed(**sample))
-    evaluation = Evaluation(changed, run.evaluation.run, None)
+    evaluation = Evaluation(changed, run.evaluation.run, None, samples_only=True)
     with contextlib.redirect_stdout(io.StringIO()):
         return evaluation, evaluation.receipt()
 

@@ -213,7 +213,9 @@ class Contest:
             classes = np.arange(images) % len(self.manifest.classes)
             pixels = self._samples(network, torch.from_numpy(classes), guidance, steps)
             write_npz(file, pixels, classes, self.config.data.image_size)
-        figures: dict[str, Any] = Evaluation(self.config, self.folder, str(file)).receipt()["figures"]["samples"]
+        figures: dict[str, Any] = Evaluation(self.config, self.folder, str(file), samples_only=True).receipt()[
+            "figures"
+        ]["samples"]
         return figures
 
     @torch.inference_mode()

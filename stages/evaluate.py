@@ -144,8 +144,9 @@ class Evaluation:
         *,
         work: Path | None = None,
         weights: dict[str, Any] | None = None,
+        samples_only: bool = False,
     ) -> None:
-        """Measure samples of `run`, or the images at `path`.
+        """Measure samples of `run`, or the images at `path`; with `samples_only`, not also the real images.
 
         With `work`, everything is computed again in that folder, from the checkpoint that `weights` of a receipt names,
         if it still exists."""
@@ -153,6 +154,7 @@ class Evaluation:
         measured_by = config.evaluate.changed(network=self.network.option)
         self.config = config.changed(evaluate=measured_by)
         self.run, self.path, self.work, self.weights = run, path, work, weights
+        self._samples_only = samples_only
         self.sources = cached_sources(config)
         self.vae = FrozenVae(config.vae.source, self.network.device)
         self._notes: list[str] = []
@@ -226,6 +228,8 @@ class Evaluation:
             return
         self.rows.append(self._row(HELDOUT, self.sources[1], kept))
         heldout = heldout_path(self.config)
+        if self._samples_only:
+            return
         if heldout and (heldout / MANIFEST).exists():
             images = DecodedLatents(LatentCache(heldout), self.vae)
             self.rows.append(self._row(f"{HELDOUT} through the VAE", images, kept))
@@ -244,7 +248,8 @@ class Evaluation:
         if self.heldout and self.config.evaluate.reference == "heldout":
             reference, self.rows[1] = self.heldout, self.training
         measurement = Measurement(self.network, reference=reference, training=self.training, heldout=self.heldout)
-        return {row.name: measurement.figures(row) for row in tqdm(self.rows, desc="figures", unit=" sets")}
+        measured = self.rows[:1] if self._samples_only else self.rows
+        return {row.name: measurement.figures(row) for row in tqdm(measured, desc="figures", unit=" sets")}
 
     def _record(self) -> dict[str, Any]:
         """Return what the figures of all rows depend on."""
