@@ -13,7 +13,7 @@ from torch import Tensor
 from data.cache.manifest import VaeIdentity
 
 SOURCE = "pixels"
-_USERS = ("stages.encode", "pipeline.training.trainer", "stages.evaluate")
+_USERS = ("stages.encode", "pipeline.training.previews", "stages.evaluate")
 
 
 class Pixels:

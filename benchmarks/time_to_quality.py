@@ -12,7 +12,7 @@ Minutes are those of one CPU core, or of the GPU. Every set of samples is measur
 
 The images that each sees in a minute are measured first, one after the other, and kept in `rates.json`: this needs a
 machine that does nothing else. What is there already is not done again, so an interrupted night goes on where it was,
-also on a faster machine, with the images of `rates.json`. `--only` selects recipes, for several processes.
+also on a faster machine, with the images of `rates.json`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from stages.evaluate import Evaluation
 RATES = (1e-4, 3e-4, 1e-3)
 GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0), (20, 50)
 CHOSEN_WITH = 300  # samples that a learning rate, a guidance or a number of steps is chosen with
-BATCH = 50
+BATCH = 250
 ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
 
 
@@ -64,7 +64,6 @@ ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
 @click.option("--ours", multiple=True, type=float, default=(12, 15), show_default=True, help="Further ones of ours.")
 @click.option("--sweep", default=5.0, show_default=True, help="CPU minutes of training for each rate of a peer.")
 @click.option("--images", default=1000, show_default=True, help="Samples that are measured each time.")
-@click.option("--only", multiple=True, help="Train and measure only this recipe (or ours); no table is made.")
 @click.option("--to", type=LocalPath(), default=Path("runs/time_to_quality"), show_default=True)
 def main(
     file: Path,
@@ -73,26 +72,17 @@ def main(
     ours: tuple[float, ...],
     sweep: float,
     images: int,
-    only: tuple[str, ...],
     to: Path,
 ) -> None:
     config = load_config(file, [*overrides, f"evaluate.images={images}"])
     encode(config, parse_job(None))
     contests = [Contest(recipe, config, to) for recipe in RECIPES]
     rates = all_rates(to / "rates.json", config, contests)
-    curves = {
-        each.recipe.name: each.curve(sorted(minutes), sweep, images, rates)
-        for each in contests
-        if not only or each.recipe.name in only
-    }
-    if not only or "ours" in only:
-        curves["ours"] = []
-        for budget in sorted({*minutes, *ours}):
-            run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
-            figures = _figures(run.figures)
-            curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **figures})
-    if only:
-        return
+    curves = {each.recipe.name: each.curve(sorted(minutes), sweep, images, rates) for each in contests}
+    curves["ours"] = []
+    for budget in sorted({*minutes, *ours}):
+        run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
+        curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
     print_table(curves)
     plot(curves, to / "time_to_quality.png")
