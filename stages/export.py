@@ -1,0 +1,234 @@
+"""Write a trained model as a folder that diffusers loads where latentmill is not installed, and upload it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import yaml
+
+import pipeline.unet
+from data.storage import probe, read, staged_folder, strip_checksum, write_staged
+from data.text import counted
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.diffusers_pipeline import LatentMillPipeline, pipeline_of
+from pipeline.evaluation.receipt import table_of
+from pipeline.standalone import standalone_source
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.run_folder import CONFIG, EVAL
+from stages.sample import require_checkpoint, resolve_sample_settings
+
+_PICTURE = "samples.png"
+_LISTED = 100  # classes named in the model card
+
+
+def export(config: Config, run: Path, to: Path, *, push: str | None = None) -> Path:
+    """Export the averaged weights of the newest checkpoint of `run` to the new or empty folder `to`; return its path.
+
+    A call of the exported pipeline samples as `config.sample` says, unless its arguments say otherwise. `push` is a
+    repository of the Hugging Face hub to which the folder is uploaded. ValueError for a folder that holds something.
+    """
+    to = Path(os.path.abspath(to))
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"--to {to}: it is not empty: choose a new or an empty folder")
+    if push:
+        _check_login(push)
+    checkpoint = require_checkpoint(run)
+    config, _ = resolve_sample_settings(config, checkpoint)
+    pipe = pipeline_of(checkpoint, config)
+    probe(to.parent, "--to")
+    with staged_folder(to) as staged:
+        modules = _write_pipeline(pipe, checkpoint, staged)
+        picture = _grid(run, checkpoint)
+        if picture:
+            write_staged(staged / _PICTURE, [read(picture / "grid.png")])
+        card = _card(config, run, checkpoint, pipe, place=push or to.name, modules=modules, picture=picture)
+        write_staged(staged / "README.md", [card.encode()])
+    print(f"export: {checkpoint.images_seen:,} images seen, {counted(len(pipe.labels), 'class')}: {to}")
+    print(f"export: the licence in {to / 'README.md'} is unknown: only you can fill it in")
+    if push:
+        _upload(to, push)
+    return to
+
+
+def _write_pipeline(pipe: LatentMillPipeline, checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Write models, code and model_index.json; return the names of the files of code.
+
+    diffusers copies these files into one folder for all models, so their names contain a hash of their contents.
+    """
+    heading = f"Sample from a class-conditional latent diffusion model: written by latentmill {version('latentmill')}."
+    sampling = standalone_source("pipeline.diffusers_pipeline", "LatentMillPipeline", heading).encode()
+    network = read(Path(pipeline.unet.__file__))
+    names = [
+        f"{name}_{hashlib.sha256(code).hexdigest()[:12]}"
+        for name, code in (("latentmill", sampling), ("latent_unet", network))
+    ]
+    files = [f"{names[0]}.py", f"unet/{names[1]}.py"]
+    for file, code in zip(files, (sampling, network), strict=True):
+        write_staged(folder / file, [code])
+    pipe.vae.register_to_config(_name_or_path=_shown(checkpoint.state.vae.source))  # else a path of this machine
+    pipe.unet.save_pretrained(folder / "unet")
+    pipe.vae.save_pretrained(folder / "vae")
+    values = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
+    index = {
+        "_class_name": [names[0], type(pipe).__name__],
+        "_diffusers_version": diffusers.__version__,
+        **values,
+        "unet": [names[1], type(pipe.unet).__name__],
+        "vae": ["diffusers", type(pipe.vae).__name__],
+    }
+    write_staged(folder / "model_index.json", [(json.dumps(index, indent=2) + "\n").encode()])
+    return files
+
+
+def _shown(source: str) -> str:
+    """Return the last part of a path or URL, which may be private or contain a password; a hub id is not changed."""
+    if "://" not in source and not Path(source).expanduser().exists():
+        return source
+    return source.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
+def _grid(run: Path, checkpoint: Checkpoint) -> Path | None:
+    """Return the newest folder of samples of these weights that has a contact sheet."""
+    folders = sorted((file.parent for file in run.glob("samples/*/grid.png")), key=lambda each: each.stat().st_mtime)
+    for folder in reversed(folders):
+        if json.loads(read(folder / "samples.json"))["ema_sha256"] == checkpoint.ema_sha256:
+            return folder
+    return None
+
+
+def _receipt(run: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the newest receipt of an evaluation of these weights."""
+    for file in sorted((run / EVAL).glob("*.json"), key=lambda each: each.stat().st_mtime, reverse=True):
+        receipt = json.loads(strip_checksum(read(file)) or b"{}")
+        if (receipt.get("weights") or {}).get("sha256") == checkpoint.ema_sha256:
+            return receipt
+    return None
+
+
+def _card(
+    config: Config,
+    run: Path,
+    checkpoint: Checkpoint,
+    pipe: LatentMillPipeline,
+    *,
+    place: str,
+    modules: Sequence[str],
+    picture: Path | None,
+) -> str:
+    """Return the model card, README.md: what the model draws, how it is used, and how it was trained and measured."""
+    state, sample = checkpoint.state, config.sample
+    trained = load_config(run / CONFIG) if (run / CONFIG).exists() else config
+    names = [*pipe.labels]
+    tags = ["class-conditional", "latent-diffusion", "image-generation", "latentmill"]
+    head = {"library_name": "diffusers", "license": "unknown", "tags": tags}
+    size = state.image_size
+    more = f" and {len(names) - _LISTED:,} more, in model_index.json" if len(names) > _LISTED else ""
+    shown = ""
+    if picture:
+        drawn = json.loads(read(picture / "samples.json"))["sample"]
+        how = f"guidance {drawn['guidance']:g}, {drawn['steps']} steps of {drawn['scheduler']}"
+        shown = f"\n![Samples of the model, by class]({_PICTURE})\n\nSamples that were not selected, drawn with {how}.\n"
+    receipt = _receipt(run, checkpoint)
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False)}---
+
+# {_text(trained.name)}
+
+A latent diffusion model that draws images of {counted(len(names), "class")}, {size}x{size} pixels each: a U-Net with
+{pipe.unet.num_parameters() / 1e6:.1f} million parameters, and a VAE. It was trained with latentmill.
+{shown}
+## Use
+
+It needs torch and diffusers, and not latentmill:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({place!r}, trust_remote_code=True)
+images = pipe(class_labels=[{names[0]!r}] * 4, guidance_scale={sample.guidance:g}).images
+images[0].save("sample.png")
+```
+
+`trust_remote_code=True` lets diffusers run the code beside the weights: `{modules[0]}` and `{modules[1]}`.
+`class_labels` are names or numbers of classes. Without other arguments, it draws with guidance {sample.guidance:g} in
+{sample.steps} steps of {sample.scheduler}; `sampler="heun"` chooses another sampler. A generator for each image, as of
+`pipe.image_generators(seed, range(4))`, makes each image independent of the others.
+
+Classes: {", ".join(map(_text, names[:_LISTED]))}{more}.
+
+## Training
+
+- Data: {state.cache.committed:,} images of `{_shown(trained.data.source)}`.
+- Length: {checkpoint.images_seen:,} images seen, in batches of {state.train["batch_size"]}, so each image
+  {checkpoint.images_seen / state.cache.committed:.1f} times. These are averaged weights.
+- VAE: {state.vae.class_name} from `{_shown(state.vae.source)}`, not trained here.
+
+Settings that differ from latentmill's defaults:
+
+```yaml
+{_settings(config, trained)}```
+
+## Evaluation
+
+{_figures(receipt) if receipt else "These weights have not been evaluated."}
+
+## Licence
+
+Not stated. It depends on the licences of the training images and of the VAE. Whoever publishes this model writes it
+here and in the field `license` above.
+"""
+
+
+def _settings(config: Config, trained: Config) -> str:
+    """Return model, noise, training and sampling settings as YAML, without paths of this machine."""
+    sections = trained.model_dump(mode="json", include={"model", "noise", "train"}, exclude_defaults=True)
+    sections |= config.model_dump(mode="json", include={"sample"}, exclude_defaults=True)
+    if init := sections.get("train", {}).get("init"):
+        sections["train"]["init"] = _shown(init)
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
+
+
+def _figures(receipt: dict[str, Any]) -> str:
+    """Return the table of a receipt in Markdown, and what it was measured with."""
+    header, *lines = table_of(receipt)
+    rows = [header, ["---"] * len(header), *lines]
+    drawn = receipt["samples"]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"Measured by `latentmill evaluate` with the network {receipt['network']['name']}, for samples with guidance"
+        f" {drawn['guidance']:g} in {drawn['steps']} steps of {drawn['scheduler']}, against the {receipt['reference']}."
+        f" KD and Fréchet distances (FD) are better if they are lower, and depend on the network.\n\n{table}"
+    )
+
+
+def _text(name: str) -> str:
+    """Return a name as text of Markdown, where some characters mean something."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|" else c for c in name)
+
+
+def _check_login(repository: str) -> None:
+    """Raise ValueError if `repository` is no name of one, or if nobody is logged in."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repository)
+    if not get_token():
+        raise ValueError(f"--push {repository}: not logged in: run `hf auth login`, or set HF_TOKEN to a token")
+
+
+def _upload(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    print(f"export: uploading to {repository}; to repeat it: hf upload {repository} {folder}", flush=True)
+    api = HfApi()
+    created = api.create_repo(repository, private=True, exist_ok=True)
+    api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message="Export from latentmill")
+    print(f"export: uploaded: {created}, private if it is new")
