@@ -73,10 +73,10 @@ class LatentMillPipeline(DiffusionPipeline):
         """Return the numbers of classes that are given as names or numbers; ValueError for an unknown one."""
         wanted = [label] if isinstance(label, int | str) else list(label)
         by_name = {normalize("NFC", name): number for name, number in self.labels.items()} | self.labels
-        numbers = []
+        numbers: list[int] = []
         for each in wanted:
             number = by_name.get(each, by_name.get(normalize("NFC", each))) if isinstance(each, str) else index(each)
-            if number not in self.labels.values():
+            if number is None or number not in self.labels.values():
                 names = [*self.labels]
                 known = dict.fromkeys([*get_close_matches(str(each), names, n=3), *names[:10]])
                 listed = ", ".join(map(repr, known)) + (", ..." if len(known) < len(names) else "")
@@ -166,7 +166,9 @@ class LatentMillPipeline(DiffusionPipeline):
             by_class, other = self.config.sample["guidance_by_class"], self.config.sample["guidance_scale"]
             scales = [by_class.get(self.config.id2label[str(number)], other) for number in labels]
         if len(scales) != len(labels):
-            raise ValueError(f"guidance_scale: {len(scales)} scales for {len(labels)} images: give one number or one each")
+            raise ValueError(
+                f"guidance_scale: {len(scales)} scales for {len(labels)} images: give one number or one each"
+            )
         if not all(scale >= 0 for scale in scales):
             raise ValueError(f"guidance_scale = {given}: give numbers of at least 0")
         trained = {"without_class": self.config.without_class, "classes": self.unet.config["num_classes"]}

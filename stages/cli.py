@@ -223,7 +223,7 @@ def evaluate(config: Config, run: Path, images: str | None, protocol: str | None
 
 @main.command()
 @click.option("--to", type=LocalPath(), required=True, help="Folder of the export, which must be new or empty.")
-@click.option("--push", metavar="REPO", help="Also upload it to this repository of the Hugging Face hub, as me/solids.")
+@click.option("--push", metavar="REPO", help="Also upload it to this repository of the Hugging Face hub: owner/name.")
 @_stage
 def export(config: Config, run: Path, to: Path, push: str | None) -> None:
     """Write the model as a folder that diffusers loads.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import yaml
 
 import pipeline.unet
 from data.storage import probe, read, staged_folder, strip_checksum, write_staged
@@ -27,6 +27,63 @@ from stages.sample import require_checkpoint, resolve_sample_settings
 
 _PICTURE = "samples.png"
 _LISTED = 100  # classes named in the model card
+_CARD = """---
+library_name: diffusers
+license: unknown
+tags:
+- class-conditional
+- latent-diffusion
+- image-generation
+- latentmill
+---
+
+# {title}
+
+A latent diffusion model that draws images of {classes}, {size}x{size} pixels each. It is a U-Net of {parameters:,}
+parameters and a VAE, and was trained with latentmill.
+{picture}
+## Use
+
+It needs torch and diffusers, and not latentmill:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)
+images = pipe(class_labels=[{first}] * 4, guidance_scale={sample.guidance:g}).images
+images[0].save("sample.png")
+```
+
+`trust_remote_code=True` lets diffusers run the two files of code beside the weights, `{modules[0]}` and
+`{modules[1]}`. `class_labels` are names or numbers of classes. By default it draws with guidance
+{sample.guidance:g} in {sample.steps} steps of {sample.scheduler}; `num_inference_steps=50` and `sampler="heun"` are
+examples of other settings. With `generator=pipe.image_generators(0, range(4))`, a call draws the same four images each
+time.
+
+Classes: {names}.
+
+## Training
+
+- Data: {images:,} images of `{data}`.
+- Length: {images_seen:,} images seen in batches of {batch_size}, which is {epochs:.1f} epochs. The weights are an
+  average over the training.
+- VAE: {vae}, not trained here.
+
+Settings that differ from latentmill's defaults:
+
+```yaml
+{settings}
+```
+
+## Evaluation
+
+{figures}
+
+## Licence
+
+Not stated. It depends on the licences of the training images and of the VAE. Whoever publishes this model writes it
+here and in the field `license` above. The code is that of latentmill, under the MIT licence.
+"""
 
 
 def export(config: Config, run: Path, to: Path, *, push: str | None = None) -> Path:
@@ -63,7 +120,10 @@ def _write_pipeline(pipe: LatentMillPipeline, checkpoint: Checkpoint, folder: Pa
 
     diffusers copies these files into one folder for all models, so their names contain a hash of their contents.
     """
-    heading = f"Sample from a class-conditional latent diffusion model: written by latentmill {version('latentmill')}."
+    heading = (
+        f"Draws images from a class-conditional latent diffusion model. Written by latentmill {version('latentmill')}"
+        " from its own\nsource, which is under the MIT licence, Copyright (c) 2026 the latentmill authors."
+    )
     sampling = standalone_source("pipeline.diffusers_pipeline", "LatentMillPipeline", heading).encode()
     network = read(Path(pipeline.unet.__file__))
     names = [
@@ -90,9 +150,10 @@ def _write_pipeline(pipe: LatentMillPipeline, checkpoint: Checkpoint, folder: Pa
 
 def _shown(source: str) -> str:
     """Return the last part of a path or URL, which may be private or contain a password; a hub id is not changed."""
-    if "://" not in source and not Path(source).expanduser().exists():
-        return source
-    return source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = Path(source).expanduser()
+    if "://" in source or path.is_absolute() or path.exists():
+        return source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return source
 
 
 def _grid(run: Path, checkpoint: Checkpoint) -> Path | None:
@@ -124,67 +185,36 @@ def _card(
     picture: Path | None,
 ) -> str:
     """Return the model card, README.md: what the model draws, how it is used, and how it was trained and measured."""
-    state, sample = checkpoint.state, config.sample
+    state, names = checkpoint.state, [*pipe.labels]
     trained = load_config(run / CONFIG) if (run / CONFIG).exists() else config
-    names = [*pipe.labels]
-    tags = ["class-conditional", "latent-diffusion", "image-generation", "latentmill"]
-    head = {"library_name": "diffusers", "license": "unknown", "tags": tags}
-    size = state.image_size
-    more = f" and {len(names) - _LISTED:,} more, in model_index.json" if len(names) > _LISTED else ""
-    shown = ""
-    if picture:
-        drawn = json.loads(read(picture / "samples.json"))["sample"]
-        how = f"guidance {drawn['guidance']:g}, {drawn['steps']} steps of {drawn['scheduler']}"
-        shown = f"\n![Samples of the model, by class]({_PICTURE})\n\nSamples that were not selected, drawn with {how}.\n"
     receipt = _receipt(run, checkpoint)
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False)}---
+    return _CARD.format(
+        title=_text(trained.name),
+        classes=counted(len(names), "class"),
+        size=state.image_size,
+        parameters=pipe.unet.num_parameters(),
+        picture=_caption(picture) if picture else "",
+        place=json.dumps(place),
+        first=json.dumps(names[0], ensure_ascii=False),
+        sample=config.sample,
+        modules=modules,
+        names=", ".join(map(_text, names[:_LISTED])) + (f", ... ({len(names):,} in all)" if names[_LISTED:] else ""),
+        images=state.cache.committed,
+        data=_shown(trained.data.source),
+        images_seen=checkpoint.images_seen,
+        batch_size=state.train["batch_size"],
+        epochs=checkpoint.images_seen / state.cache.committed,
+        vae=f"{state.vae.class_name} from `{_shown(state.vae.source)}`",
+        settings=_settings(config, trained),
+        figures=_figures(receipt) if receipt else "These weights have not been evaluated.",
+    )
 
-# {_text(trained.name)}
 
-A latent diffusion model that draws images of {counted(len(names), "class")}, {size}x{size} pixels each: a U-Net with
-{pipe.unet.num_parameters() / 1e6:.1f} million parameters, and a VAE. It was trained with latentmill.
-{shown}
-## Use
-
-It needs torch and diffusers, and not latentmill:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({place!r}, trust_remote_code=True)
-images = pipe(class_labels=[{names[0]!r}] * 4, guidance_scale={sample.guidance:g}).images
-images[0].save("sample.png")
-```
-
-`trust_remote_code=True` lets diffusers run the code beside the weights: `{modules[0]}` and `{modules[1]}`.
-`class_labels` are names or numbers of classes. Without other arguments, it draws with guidance {sample.guidance:g} in
-{sample.steps} steps of {sample.scheduler}; `sampler="heun"` chooses another sampler. A generator for each image, as of
-`pipe.image_generators(seed, range(4))`, makes each image independent of the others.
-
-Classes: {", ".join(map(_text, names[:_LISTED]))}{more}.
-
-## Training
-
-- Data: {state.cache.committed:,} images of `{_shown(trained.data.source)}`.
-- Length: {checkpoint.images_seen:,} images seen, in batches of {state.train["batch_size"]}, so each image
-  {checkpoint.images_seen / state.cache.committed:.1f} times. These are averaged weights.
-- VAE: {state.vae.class_name} from `{_shown(state.vae.source)}`, not trained here.
-
-Settings that differ from latentmill's defaults:
-
-```yaml
-{_settings(config, trained)}```
-
-## Evaluation
-
-{_figures(receipt) if receipt else "These weights have not been evaluated."}
-
-## Licence
-
-Not stated. It depends on the licences of the training images and of the VAE. Whoever publishes this model writes it
-here and in the field `license` above.
-"""
+def _caption(folder: Path) -> str:
+    """Return the contact sheet of a folder of samples in Markdown, with a caption."""
+    drawn = json.loads(read(folder / "samples.json"))["sample"]
+    how = f"guidance {drawn['guidance']:g} in {drawn['steps']} steps of {drawn['scheduler']}"
+    return f"\n![Samples of the model, by class]({_PICTURE})\n\nSamples that were not selected, with {how}.\n"
 
 
 def _settings(config: Config, trained: Config) -> str:
@@ -193,7 +223,10 @@ def _settings(config: Config, trained: Config) -> str:
     sections |= config.model_dump(mode="json", include={"sample"}, exclude_defaults=True)
     if init := sections.get("train", {}).get("init"):
         sections["train"]["init"] = _shown(init)
-    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
+    lines = []
+    for section, values in sections.items():
+        lines += [f"{section}:", *(f"  {key}: {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines)
 
 
 def _figures(receipt: dict[str, Any]) -> str:
@@ -217,9 +250,9 @@ def _text(name: str) -> str:
 def _check_login(repository: str) -> None:
     """Raise ValueError if `repository` is no name of one, or if nobody is logged in."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repository)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"--push {repository}: give owner/name, such as me/solids")
     if not get_token():
         raise ValueError(f"--push {repository}: not logged in: run `hf auth login`, or set HF_TOKEN to a token")
 

@@ -34,7 +34,7 @@ def local_hub(token: str) -> Iterator[tuple[str, Repositories]]:
                 return self.answer(200, {"url": f"{address}/{name}", "name": name})
             if parts[1] == "validate-yaml":
                 return self.answer(200, {"errors": [], "warnings": []})
-            if parts[4] == "preupload":  # without this answer, the client would use another protocol for large files
+            if parts[4] == "preupload":  # "lfs" would ask for a further protocol
                 files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(sent)["files"]]
                 return self.answer(200, {"files": [{**file, "shouldIgnore": False} for file in files]})
             for line in map(json.loads, sent.splitlines()):
@@ -46,12 +46,17 @@ def local_hub(token: str) -> Iterator[tuple[str, Repositories]]:
             parts = self.path.split("?")[0].strip("/").split("/")
             if parts[0] == "api":
                 name = "/".join(parts[2:4])
-                files = [{"rfilename": path} for path in repositories[name]]
+                files = [
+                    {"type": "file", "path": path, "rfilename": path, "size": len(content), "oid": COMMIT}
+                    for path, content in repositories[name].items()
+                ]
+                if parts[4:5] == ["tree"]:
+                    return self.answer(200, files)
                 return self.answer(200, {"id": name, "modelId": name, "sha": COMMIT, "siblings": files})
             content = repositories["/".join(parts[:2])].get("/".join(parts[4:]))
             return self.answer(404, {}) if content is None else self.answer(200, content)
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815
 
         def answer(self, status: int, body: Any) -> None:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
