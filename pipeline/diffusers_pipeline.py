@@ -82,6 +82,8 @@ class LatentMillPipeline(DiffusionPipeline):
                 listed = ", ".join(map(repr, known)) + (", ..." if len(known) < len(names) else "")
                 raise ValueError(f"class_labels: no class {each!r}: choose from {listed}, or their numbers")
             numbers.append(number)
+        if not numbers:
+            raise ValueError("class_labels: give at least one class")
         return numbers
 
     @torch.no_grad()
@@ -97,8 +99,9 @@ class LatentMillPipeline(DiffusionPipeline):
         sampler: str | None = None,
         eta: float | None = None,
         shift: float | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw an image for each of `class_labels`, numbers or names.
+    ) -> Any:
+        """Draw an image for each of `class_labels`, numbers or names: ImagePipelineOutput or, without `return_dict`, a
+        tuple of the images.
 
         `guidance_scale` is one number or one for each image: 1 is the model with classes, 0 the one without. A list of
         generators has one for each image, which then does not depend on the others. `sampler` is one of `SAMPLERS`;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import itertools
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -48,16 +49,36 @@ def standalone_source(module: str, name: str, heading: str) -> str:
 
     Names that a module imports for type checking alone stay undefined; they occur in annotations, which are not run.
     """
+    used, imports = _used_by(module, name)
+    names = [each for _, definitions in used for each in definitions]
+    assert len({*names}) == len(names), f"two modules define the same name: {sorted(names)}"
+    parts = [f'"""{heading}"""', "from __future__ import annotations", *_import_blocks(imports)]
+    for each, definitions in used:
+        comment = [f"{each.name.replace('.', '/')}.py", "", *each.docstring.splitlines()]
+        parts.append("\n" + "\n".join(f"# {line}".rstrip() for line in comment))
+        nodes = dict.fromkeys(node for name, node in each.definitions.items() if name in definitions)
+        for before, node in itertools.pairwise([None, *nodes]):
+            assert node
+            together = isinstance(before, ast.Assign) and isinstance(node, ast.Assign)
+            parts.append(each.source(node) if together else "\n" + each.source(node))
+    return "\n\n".join(parts) + "\n"
+
+
+def _used_by(module: str, name: str) -> tuple[list[tuple[_Module, set[str]]], dict[str, set[str]]]:
+    """Return the definitions of this project that `name` uses, by module, each after those that it imports; and what
+    they import from other packages: names by package, and modules that are imported whole by the name ""."""
     modules: dict[str, _Module] = {}
-    needed: dict[str, dict[str, None]] = {}  # names by module
-    imports: dict[str, set[str]] = {}  # names by package, or modules as they are imported by ""
+    needed: dict[str, set[str]] = {}
+    imports: dict[str, set[str]] = {}
     waiting = [(module, name)]
     while waiting:
         place, wanted = waiting.pop()
-        here = modules.setdefault(place, _Module(place))
-        if wanted in needed.setdefault(place, {}):
+        if place not in modules:
+            modules[place], needed[place] = _Module(place), set()
+        if wanted in needed[place]:
             continue
-        needed[place][wanted] = None
+        needed[place].add(wanted)
+        here = modules[place]
         for used in _names_in(here.definitions[wanted]):
             found = here.imports.get(used)
             if used in here.definitions:
@@ -66,19 +87,9 @@ def standalone_source(module: str, name: str, heading: str) -> str:
                 waiting.append((found.module, found.names[0].name))
             elif found:
                 imports.setdefault(getattr(found, "module", ""), set()).add(ast.unparse(found.names[0]))
-    every = [name for names in needed.values() for name in names]
-    assert len({*every}) == len(every), f"two modules define the same name: {sorted(every)}"
-    parts = [f'"""{heading}"""', "from __future__ import annotations", *_import_blocks(imports)]
-    for each in _in_import_order(modules):
-        comment = [f"{each.name.replace('.', '/')}.py", "", *each.docstring.splitlines()]
-        parts.append("\n" + "\n".join(f"# {line}".rstrip() for line in comment))
-        nodes = {id(node): node for name, node in each.definitions.items() if name in needed[each.name]}
-        before = None
-        for node in nodes.values():
-            together = isinstance(before, ast.Assign) and isinstance(node, ast.Assign)
-            parts.append(each.source(node) if together else "\n" + each.source(node))
-            before = node
-    return "\n\n".join(parts) + "\n"
+    graph = {each.name: [getattr(found, "module", "") for found in each.imports.values()] for each in modules.values()}
+    order = [place for place in graphlib.TopologicalSorter(graph).static_order() if place in modules]
+    return [(modules[place], needed[place]) for place in order], imports
 
 
 def _only(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> ast.Import | ast.ImportFrom:
@@ -111,12 +122,3 @@ def _import_blocks(imports: dict[str, set[str]]) -> list[str]:
     for line in (*modules, *names):
         blocks[line.split()[1].split(".")[0] not in sys.stdlib_module_names].append(line)
     return ["\n".join(block) for block in blocks]
-
-
-def _in_import_order(modules: dict[str, _Module]) -> list[_Module]:
-    """Return the modules such that each comes after those that it imports."""
-    graph = {
-        name: [found.module for found in each.imports.values() if isinstance(found, ast.ImportFrom)]
-        for name, each in modules.items()
-    }
-    return [modules[name] for name in graphlib.TopologicalSorter(graph).static_order() if name in modules]

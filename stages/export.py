@@ -55,10 +55,9 @@ images[0].save("sample.png")
 ```
 
 `trust_remote_code=True` lets diffusers run the two files of code beside the weights, `{modules[0]}` and
-`{modules[1]}`. `class_labels` are names or numbers of classes. By default it draws with guidance
-{sample.guidance:g} in {sample.steps} steps of {sample.scheduler}; `num_inference_steps=50` and `sampler="heun"` are
-examples of other settings. With `generator=pipe.image_generators(0, range(4))`, a call draws the same four images each
-time.
+`{modules[1]}`. `class_labels` are names or numbers of classes. Without other arguments, the pipeline
+draws with guidance {sample.guidance:g} in {sample.steps} steps of {sample.scheduler}; `num_inference_steps` and
+`sampler` change that. With `generator=pipe.image_generators(0, range(4))`, it draws the same four images each time.
 
 Classes: {names}.
 
@@ -186,6 +185,7 @@ def _card(
 ) -> str:
     """Return the model card, README.md: what the model draws, how it is used, and how it was trained and measured."""
     state, names = checkpoint.state, [*pipe.labels]
+    source = state.vae.source
     trained = load_config(run / CONFIG) if (run / CONFIG).exists() else config
     receipt = _receipt(run, checkpoint)
     return _CARD.format(
@@ -204,7 +204,7 @@ def _card(
         images_seen=checkpoint.images_seen,
         batch_size=state.train["batch_size"],
         epochs=checkpoint.images_seen / state.cache.committed,
-        vae=f"{state.vae.class_name} from `{_shown(state.vae.source)}`",
+        vae="the small one of latentmill" if source == "bundled" else f"{state.vae.class_name} of `{_shown(source)}`",
         settings=_settings(config, trained),
         figures=_figures(receipt) if receipt else "These weights have not been evaluated.",
     )
@@ -238,7 +238,8 @@ def _figures(receipt: dict[str, Any]) -> str:
     return (
         f"Measured by `latentmill evaluate` with the network {receipt['network']['name']}, for samples with guidance"
         f" {drawn['guidance']:g} in {drawn['steps']} steps of {drawn['scheduler']}, against the {receipt['reference']}."
-        f" KD and Fréchet distances (FD) are better if they are lower, and depend on the network.\n\n{table}"
+        " Lower is better for KD, the kernel distance, and FD, the Fréchet distance, which depends on the number of"
+        f" images. ± is half the width of a 95 % interval.\n\n{table}"
     )
 
 

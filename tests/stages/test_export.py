@@ -20,8 +20,10 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from data.storage import publish_checked, publish_json
 from pipeline.config import Sample
-from pipeline.diffusers_pipeline import load_pipeline
+from pipeline.config_file import load_config
+from pipeline.diffusers_pipeline import load_pipeline, pipeline_of
 from pipeline.sampling import draw_samples, image_generators
 from pipeline.training.checkpoint import newest_checkpoint
 from stages.cli import main
@@ -216,6 +218,53 @@ def pipe(world: World) -> Any:
     return made
 
 
+@pytest.mark.parametrize("form", ["cfg", "apg", "cfg_zero", "cfg++"])
+def test_the_form_of_guidance_is_that_of_the_config(world: World, form: str) -> None:
+    config, (checkpoint, _) = load_config(world.config), newest_checkpoint(world.run)
+    assert checkpoint
+    guidance = {"guidance_form": form, "guidance_schedule": "linear", "guidance_interval": (0.1, 5.0)}
+    settings = config.sample.changed(**guidance, guidance=3.0, steps=4)
+    labels = torch.tensor([0, 1])
+    expected = checkpoint.normalization.denormalize(
+        draw_samples(checkpoint.ema_model(), checkpoint.state.noise, settings, labels, indices=range(2), device=CPU)
+    )
+    pipe = pipeline_of(checkpoint, config.changed(sample=settings))
+    latents = pipe(labels, generator=pipe.image_generators(0, range(2)), output_type="latent").images
+    torch.testing.assert_close(latents, expected)
+
+
+def test_without_a_null_class_guidance_is_one_and_a_warning_says_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on(world, tmp_path, CLASSES, "train.label_dropout=0")
+    pipe = load_pipeline(tmp_path / "run")
+    assert pipe.config.sample["guidance_scale"] == 1
+
+    def drawn(**given: Any) -> torch.Tensor:
+        return pipe([0, 1], generator=pipe.image_generators(0, [0, 1]), output_type="latent", **given).images
+
+    warnings: list[str] = []
+    monkeypatch.setattr("pipeline.diffusers_pipeline._logger.warning", warnings.append)
+    one = drawn()
+    assert warnings == []
+    assert torch.equal(drawn(guidance_scale=4.0), one)
+    assert [line[:36] for line in warnings] == ["guidance_scale = 1, not 4: it needs "]
+    with pytest.raises(ValueError, match=r"^guidance_scale = 0: it needs the null class"):
+        drawn(guidance_scale=0.0)
+
+
+@pytest.mark.parametrize("key", ["guide", "start_from"])
+def test_a_second_model_and_images_to_start_from_are_refused(world: World, tmp_path: Path, key: str) -> None:
+    more = ["sample.start=0.5"] if key == "start_from" else []
+    given = (f"sample.{key}={world.run}", *more)
+    result = run_stage("export", world.config, world.run, *given, more=("--to", str(tmp_path / "out")))
+    assert result.exit_code == 2
+    assert (
+        f"error: sample.{key} = {world.run}: a pipeline holds one model and no images: set it to null" in result.stderr
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_classes_are_names_or_numbers(pipe: Any) -> None:
     assert pipe.labels == {"cat": 0, "dog & <fox>": 1}
     assert pipe.config.id2label == {"0": "cat", "1": "dog & <fox>"}
@@ -224,6 +273,8 @@ def test_classes_are_names_or_numbers(pipe: Any) -> None:
     for unknown in ("cats", 2, -1, "0"):
         with pytest.raises(ValueError, match=r"^class_labels: no class '?.*'?: choose from 'cat', 'dog & <fox>', or"):
             pipe([0, unknown])
+    with pytest.raises(ValueError, match=r"^class_labels: give at least one class$"):
+        pipe([])
 
 
 @pytest.mark.parametrize(
@@ -311,6 +362,27 @@ def test_the_card_says_what_the_model_is(world: World, exported: Path) -> None:
     ):
         assert words in body
     assert (exported / "samples.png").read_bytes() == (world.samples / "grid.png").read_bytes()
+
+
+def test_the_card_has_the_newest_figures_of_these_weights(world: World, tmp_path: Path) -> None:
+    run = shutil.copytree(world.run, tmp_path / "run")
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint
+    common = {"reference": "training images", "network": {"name": "Net"}}
+    for time, (kernel, weights) in enumerate(((3, checkpoint.ema_sha256), (2, checkpoint.ema_sha256), (1, "other"))):
+        figures = {"samples": {"images": 40, "copies": 0, "KD-Net": {"value": kernel, "interval": None}}}
+        drawn = {"guidance": 2.5, "steps": 30, "scheduler": "heun"}
+        file = run / "eval" / f"{time}.json"
+        publish_checked(file, {**common, "figures": figures, "samples": drawn, "weights": {"sha256": weights}})
+        os.utime(file, (time, time))
+    for samples in (run / "samples").iterdir():  # of other weights
+        said = json.loads((samples / "samples.json").read_text(encoding="utf-8"))
+        publish_json(samples / "samples.json", {**said, "ema_sha256": "other"})
+    succeed("export", world.config, run, more=("--to", str(tmp_path / "out")))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| KD-Net x1000 | 2,000 |" in card
+    assert "with guidance 2.5 in 30 steps of heun, against the training images" in card
+    assert "samples.png" not in card
 
 
 def test_the_hub_gets_an_export_and_diffusers_loads_it_from_there(world: World, tmp_path: Path) -> None:
