@@ -3,6 +3,7 @@ CONFIG ?= configs/solids.yaml
 NPROC  ?= $(if $(GPU),$(GPUS),1)
 SET    ?=
 RUN    ?=
+TO     ?=
 TORCH  ?=
 PYTHON ?= python3
 
@@ -26,7 +27,7 @@ LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all encode verify info train sample decode eval vae test lint results bench
+.PHONY: help setup all encode verify info train sample decode eval export vae test lint results bench
 
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -45,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 all: sample  ## encode, train and sample: all that is needed to get samples
 
 encode: $(READY)  ## stage one: encode images into a latent cache
-	$(LAUNCH) encode $(ARGS) $(if $(filter eval,$(MAKECMDGOALS)),,$(FLAGS))
+	$(LAUNCH) encode $(ARGS) $(if $(filter eval export,$(MAKECMDGOALS)),,$(FLAGS))
 
 verify: $(READY)  ## check every file of the cache against its SHA-256
 	$(BIN)/latentmill verify $(ARGS) $(FLAGS)
@@ -65,6 +66,9 @@ decode: sample  ## decode samples again; sample does it too
 # with these options, nothing needs to be trained first
 eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## measure samples against real images, and write a receipt
 	$(BIN)/latentmill evaluate $(ARGS) $(FLAGS)
+
+export: train  ## write the model as a folder that diffusers loads: make export TO=exports/solids
+	$(BIN)/latentmill export $(ARGS) $(if $(value TO),--to $(call quoted,TO)) $(FLAGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
 	$(BIN)/latentmill train-vae $(call quoted,PHOTOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 STEPS = 1000  # timesteps of the discrete schedules
+SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm++", "unipc")
 
 
 def check_noise(schedule: str, prediction: str, zero_terminal_snr: bool, shift: float = 1.0) -> None:
@@ -64,6 +65,16 @@ def check_sampler(
     if form == "cfg_zero":
         raise ValueError(
             "sample.guidance_form = cfg_zero is only for models trained on the flow schedule: use cfg or apg"
+        )
+
+
+def check_sampler_options(scheduler: str, *, eta: float, form: str) -> None:
+    """Raise ValueError if a sampler does not take `eta` or the form of guidance `form`."""
+    if eta and scheduler not in ("ddim", "euler"):
+        raise ValueError(f"eta = {eta:g} is only for ddim and euler: with {scheduler} leave it at 0")
+    if form == "cfg++" and scheduler in ("heun", "dpm++", "unipc"):
+        raise ValueError(
+            f"guidance_form = cfg++ does not work with scheduler {scheduler}: use ddim, euler, euler_ancestral or ddpm"
         )
 
 

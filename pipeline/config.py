@@ -21,7 +21,7 @@ from pydantic import (
 from data.cache.manifest import Record
 from data.sources.urls import check_url
 from data.text import brief
-from pipeline.compatibility import check_noise, check_sampler, check_weighting, check_width
+from pipeline.compatibility import check_noise, check_sampler, check_sampler_options, check_weighting, check_width
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
@@ -292,18 +292,12 @@ class Sample(Section):
 
     @model_validator(mode="after")
     def _parts(self) -> Sample:
-        form, scheduler = self.guidance_form, self.scheduler
-        if self.eta and scheduler not in ("ddim", "euler"):
-            raise ValueError(f"eta = {self.eta:g} is only for ddim and euler: with {scheduler} leave it at 0")
+        form = self.guidance_form
+        check_sampler_options(self.scheduler, eta=self.eta, form=form)
         if (self.start < 1) != (self.start_from is not None):
             raise ValueError(
                 f"start = {self.start:g} and start_from = {self.start_from} belong together: give a start below 1, such"
                 " as 0.6, and a latent cache of images"
-            )
-        if form == "cfg++" and scheduler in ("heun", "dpm++", "unipc"):
-            raise ValueError(
-                f"guidance_form = cfg++ does not work with scheduler {scheduler}: use ddim, euler, euler_ancestral or"
-                " ddpm"
             )
         if form in ("cfg_zero", "cfg++") and self.guide is not None:
             raise ValueError(f"guide does not work with guidance_form {form}: use cfg or apg")

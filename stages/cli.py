@@ -221,6 +221,20 @@ def evaluate(config: Config, run: Path, images: str | None, protocol: str | None
         evaluate(config, run, images=images and os.path.expanduser(images), protocol=protocol)
 
 
+@main.command()
+@click.option("--to", type=LocalPath(), required=True, help="Folder of the export, which must be new or empty.")
+@click.option("--push", metavar="REPO", help="Also upload it to this repository of the Hugging Face hub: owner/name.")
+@_stage
+def export(config: Config, run: Path, to: Path, push: str | None) -> None:
+    """Write the model as a folder that diffusers loads.
+
+    latentmill need not be installed there. The sample keys of the config are the defaults of the pipeline.
+    """
+    from stages.export import export
+
+    export(config, run, to, push=push)
+
+
 @main.command("config")
 @_errors_in_one_line
 def print_config() -> None:

@@ -68,3 +68,10 @@ def test_options_of_an_evaluation_are_given_to_it_alone(flags: str, stages: list
     assert [words[-len(given) :] == given for words in commands if given] == [False] * (len(stages) - 1) * bool(
         given
     ) + ([True] * bool(given))
+
+
+def test_an_export_gets_its_folder_and_flags_and_the_stages_before_it_do_not() -> None:
+    commands = started("export", "TO=my exports/it's", "FLAGS=--push me/solids")
+    assert [command[1] for command in commands] == ["encode", "train", "export"]
+    assert commands[-1][-4:] == ["--to", "my exports/it's", "--push", "me/solids"]
+    assert not any("--push" in command for command in commands[:-1])

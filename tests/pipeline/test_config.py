@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from pipeline.compatibility import SAMPLERS
 from pipeline.config import Config, Sample
 from pipeline.config_file import _TEXT_KEYS, dump_config, load_config
 from tests.helpers.imports import ROOT
@@ -354,3 +356,7 @@ def test_every_sampler_draws_from_every_schedule_and_prediction_but_ddpm_and_ddi
 def test_classes_with_a_guidance_of_their_own_are_named_as_text() -> None:
     config = load_config(SOLIDS, ["sample.guidance_by_class={no: 3, 007: 1.5, cat: 0}"])
     assert config.sample.guidance_by_class == {"no": 3.0, "007": 1.5, "cat": 0.0}
+
+
+def test_the_samplers_of_a_config_are_those_of_the_pipeline() -> None:
+    assert get_args(Sample.model_fields["scheduler"].annotation) == SAMPLERS
