@@ -38,7 +38,13 @@ from stages.cli import LocalPath
 from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
 
-PIXELS = (f"vae.source={SOURCE}", "cache.path=caches/results-pixels", "cache.store=mean", "cache.workers=0")
+PIXELS = (
+    f"vae.source={SOURCE}",
+    "cache.path=caches/results-pixels",
+    "cache.store=mean",
+    "cache.workers=0",
+    "cache.precision=fp32",
+)
 DISCRETE = ("noise.timesteps=uniform", "sample.scheduler=ddim")
 WAYS = {  # overrides of the config
     "latents (the default)": (),

@@ -154,7 +154,13 @@ def kd(entry: dict[str, Any]) -> float:
 def row(name: str, entry: dict[str, Any]) -> str:
     """Return a row of a table, each figure with half of its 95 % interval."""
     cells = [name]
-    for kind, scale, digits in (("KD", 1000, 1), ("FD", 1, 1), ("precision", 1, 2), ("recall", 1, 2), ("accuracy", 1, 2)):
+    for kind, scale, digits in (
+        ("KD", 1000, 1),
+        ("FD", 1, 1),
+        ("precision", 1, 2),
+        ("recall", 1, 2),
+        ("accuracy", 1, 2),
+    ):
         figure = entry["figures"][kind]
         low, high = figure["interval"] or 2 * [figure["value"]]
         cells.append(f"{scale * figure['value']:.{digits}f} ±{scale * (high - low) / 2:.{digits}f}")
