@@ -127,7 +127,7 @@ def speed(settings: Sample, run: Path, count: int) -> float:
     model = checkpoint.ema_model().to(device)
     guide = checkpoint_at(settings.guide, "--guide")[0].ema_model().to(device) if settings.guide else None
     labels = torch.arange(count) % len(checkpoint.state.classes)
-    options = {"indices": range(count), "device": device, "guide": guide}
+    options: dict[str, Any] = {"indices": range(count), "device": device, "guide": guide}
     draw_samples(model, checkpoint.state.noise, settings.changed(steps=1), labels, **options)
     started = time.perf_counter()
     draw_samples(model, checkpoint.state.noise, settings, labels, **options).cpu()

@@ -4,7 +4,7 @@
 
 Prints the table of docs/scaling.md: for ImageNet-100 at 128x128 and ImageNet at 256x256, on one and eight H100, what
 encode and train compute, keep and read, and how long that takes if GPUs reach a share `--utilisation` of the peak of
-their data sheet. Nothing here was run on a GPU.
+their data sheet. `python -m benchmarks.train_large` measures that share.
 """
 
 from __future__ import annotations

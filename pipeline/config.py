@@ -244,9 +244,9 @@ class Train(Section):
 class Sample(Section):
     """How samples are drawn from a trained model, also for previews and evaluation."""
 
-    scheduler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm++", "unipc"] = "euler"
+    scheduler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm++", "unipc"] = "unipc"
     """Sampler (docs/sampling.md); ddpm and ddim: not for schedule flow."""
-    steps: PositiveInt = 25
+    steps: PositiveInt = 20
     """Sampling steps; for the discrete schedules at most 1000."""
     eta: float = Field(0.0, ge=0.0, le=1.0)
     """ddim and euler: share of the noise that each step replaces; 0: none; 1: as in ddpm and euler_ancestral."""

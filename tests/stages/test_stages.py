@@ -98,7 +98,7 @@ def test_samples_json_says_all_that_is_needed_to_draw_again(world: World) -> Non
     assert said["ema_sha256"] == sha256_file(checkpoint.path / "ema" / "diffusion_pytorch_model.safetensors")
     assert said["noise"] == asdict(checkpoint.state.noise)
     assert said["vae"]["weights_sha256"] == LatentCache(world.cache).manifest.vae.weights_sha256
-    assert said["sample"].items() >= {"steps": 2, "per_class": 3, "seed": 0, "scheduler": "euler"}.items()
+    assert said["sample"].items() >= {"steps": 2, "per_class": 3, "seed": 0, "scheduler": "unipc"}.items()
     assert said["versions"]["torch"] == torch.__version__
 
 
