@@ -21,7 +21,7 @@ from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, SHARD_ROWS, least_shard_rows
 from data.cache.writer import CacheWriter, EncodedShard
 from data.sources.generated import SAMPLES
-from data.storage import probe, publish_json
+from data.storage import probe, publish_checked
 from data.text import digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config, Sample
@@ -49,7 +49,7 @@ def sample(config: Config, run: Path, *, checkpoint: Checkpoint | None = None, t
     probe(folder, "--run")
     with writer.claimed():
         _draw_missing(config, checkpoint, writer, labels)
-        publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
+        publish_checked(folder / SAMPLES, _description(config, checkpoint, labels))
         manifest = writer.finish()
     assert manifest  # there is one job
     if manifest.failed:
@@ -194,7 +194,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         classes=checkpoint.state.classes,
         data_source=f"samples of {run.resolve().name}",
         data_bytes=0,
-        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size"})]),
+        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude={"batch_size", "image_format"})]),
         image_size=checkpoint.state.image_size,
         preprocessing="none: drawn from a model",
         vae=checkpoint.state.vae,
@@ -210,7 +210,7 @@ def _description(config: Config, checkpoint: Checkpoint, labels: np.ndarray[Any,
         "images_seen": checkpoint.images_seen,
         "vae": checkpoint.state.vae.model_dump(mode="json"),
         "noise": asdict(checkpoint.state.noise),
-        "sample": config.sample.model_dump(mode="json"),
+        "sample": config.sample.model_dump(mode="json", exclude={"image_format"}),
         "dtype": str(sampling_dtype(config.sample.precision, pick_device()) or torch.float32).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "images": [{"index": i, "label": int(label), "class": names[label]} for i, label in enumerate(labels)],
