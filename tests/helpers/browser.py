@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-_SECONDS = 30  # that an answer may take
+_SECONDS = 60  # that an answer may take
 # Chromium reads commands from handle 3 and writes to handle 4
 _START = """import fcntl, os, sys
 ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
@@ -48,7 +48,8 @@ class Browser:
             self.send(f"{domain}.enable")
 
     def close(self) -> None:
-        self._process.terminate()
+        self._session = ""
+        self.send("Browser.close")
         self._process.wait()
         os.close(self._to)
         os.close(self._from)

@@ -96,6 +96,12 @@ def focused(page: Browser) -> str:
     return page.run("document.activeElement.querySelector('span')?.textContent ?? document.activeElement.id")
 
 
+def in_sight(page: Browser) -> bool:
+    """Whether what has the focus is below the header and inside of the window."""
+    box = page.run("document.activeElement.getBoundingClientRect().toJSON()")
+    return 50 < box["top"] < box["bottom"] <= page.run("innerHeight")
+
+
 def choose(page: Browser, order: str) -> None:
     page.run(f"(sort.value = {json.dumps(order)}, sort.dispatchEvent(new Event('change')))")
 
@@ -110,8 +116,9 @@ def test_thousands_of_images_are_counted_but_only_those_in_sight_are_built(page:
     assert captions(page)[-1] == f"{MANY - 1} · seed 1"
     assert headings(page) == []
     assert len(captions(page)) < 300
-    loaded = "[...document.images].filter((each) => each.complete && each.naturalWidth === 16).length"
-    assert page.run(f"new Promise((done) => setTimeout(() => done({loaded}), 300))") > 20
+    thumbs = "[...document.querySelectorAll('.thumb img')]"
+    loaded = f"Promise.all({thumbs}.map((each) => each.decode().then(() => each.naturalWidth)))"
+    assert set(page.run(loaded)) == {IMAGE_SIZE}
 
 
 def test_the_filter_keeps_the_classes_with_one_of_its_words(page: Browser) -> None:
@@ -167,9 +174,19 @@ def test_the_keys_move_open_and_close(page: Browser) -> None:
     assert focused(page).startswith("4 ")
     for _ in range(30):
         page.press("ArrowDown")
-    box = page.run("document.activeElement.getBoundingClientRect().toJSON()")
-    assert 50 < box["top"] < box["bottom"] <= 700
+    assert in_sight(page)
     assert page.run("document.querySelectorAll('.thumb[tabindex=\"0\"]').length") == 1
+
+
+@pytest.mark.parametrize("key", ["ArrowDown", "Tab"])  # Tab goes to the grid from what is before it
+def test_far_from_the_current_image_the_keys_begin_with_what_is_seen(page: Browser, key: str) -> None:
+    page.run("scrollTo(0, 5000)")
+    if key == "Tab":
+        page.run("sort.focus()")
+    page.press(key)
+    assert int(focused(page).split()[0]) > 400
+    assert in_sight(page)
+    assert page.run("Math.abs(scrollY - 5000) < 200")
 
 
 def test_a_click_opens_the_image_with_its_settings_and_the_command(browser: Browser, world: World) -> None:
