@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -186,13 +187,16 @@ def _page(latents: LatentCache, images: list[tuple[int, int]], classes: list[tup
 def _recorded(folder: Path) -> dict[str, Any]:
     """Read what `latentmill sample` recorded about the images in `folder`; empty if they are not samples."""
     file = folder / SAMPLES
-    text = strip_checksum(read(file)) if file.exists() else b"{}"
-    if text is None:
-        raise ValueError(
-            f"{file}: damaged, or written by an older version: delete it, and the page will show no settings; or delete"
-            " the folder and sample again"
-        )
-    return parse_json(text)
+    if not file.exists():
+        return {}
+    payload = read(file)
+    with contextlib.suppress(ValueError):
+        record: dict[str, Any] = parse_json(payload)
+        if strip_checksum(payload) or "sha256" not in record:  # version 0.1.0 wrote none
+            return record
+    raise ValueError(
+        f"{file}: damaged: delete it, and the page will show no settings; or delete the folder and sample again"
+    )
 
 
 def _drawn(record: dict[str, Any], format_: str) -> dict[str, Any]:
@@ -203,15 +207,23 @@ def _drawn(record: dict[str, Any], format_: str) -> dict[str, Any]:
     settings: dict[str, Any] = record["sample"]
     run, seen = Path(record["checkpoint"]).parents[1], f"{record['images_seen']:,}"
     words = ["latentmill", "sample", "--config", str(run / CONFIG), "--run", str(run)]
-    for name, value in (settings | {"image_format": format_}).items():
+    all_settings = {"precision": "auto"} | settings | {"image_format": format_}  # auto is not recorded
+    for name, value in all_settings.items():
         words += ["--set", f"sample.{name}={_text(value)}"]
-    steps, guidance, seed = settings["steps"], settings["guidance"], settings["seed"]
-    shown = {"sampler" if name == "scheduler" else name: value for name, value in settings.items()}
     left_out = {"classes", "per_class", "batch_size"}
+    if any("seed" in image for image in record["images"]):  # each is shown with its own
+        left_out.add("seed")
+    shown = {name: value for name, value in settings.items() if name not in left_out}
+    sampler, steps, guidance = shown.pop("scheduler"), shown["steps"], shown["guidance"]
     return {
-        "summary": [f"{settings['scheduler']}, {steps} steps", f"guidance {guidance:g}", f"seed {seed}"],
+        "summary": [
+            f"{sampler}, {steps} steps",
+            f"guidance {guidance:g}",
+            *([f"seed {shown['seed']}"] if "seed" in shown else []),
+        ],
         "settings": [
-            *((name.replace("_", " "), _text(value)) for name, value in shown.items() if name not in left_out),
+            ("sampler", sampler),
+            *((name.replace("_", " "), _text(value)) for name, value in shown.items()),
             ("number type", record["dtype"]),
             ("run", str(run)),
             ("checkpoint", f"{seen} images seen"),

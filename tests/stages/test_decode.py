@@ -246,7 +246,9 @@ def test_the_page_says_how_samples_were_drawn_and_with_which_seeds_if_they_have_
         image["seed"] = 2**60 + image["index"]
     publish_checked(folder / "samples.json", record)
     assert "all done" not in succeed("decode", world.config, run)  # the page is made anew, and only that
-    assert page_data(folder / "index.html")["images"] == [[i, i % 2, str(2**60 + i)] for i in range(6)]
+    data = page_data(folder / "index.html")
+    assert data["images"] == [[i, i % 2, str(2**60 + i)] for i in range(6)]
+    assert "seed" not in dict(data["settings"])
     assert succeed("decode", world.config, run).startswith("decode: all done")
 
 
@@ -257,6 +259,11 @@ def test_a_record_of_samples_that_was_changed_is_refused_and_may_be_deleted(
     assert strip_checksum(file.read_bytes())
     file.write_bytes(file.read_bytes().replace(b'"steps": 2', b'"steps": 3'))
     refuse(run_stage("decode", world.config, run), str(file), "delete it")
+    record = json.loads(file.read_bytes())
+    del record["sha256"]
+    file.write_text(json.dumps(record))  # as version 0.1.0 wrote it
+    succeed("decode", world.config, run)
+    assert dict(page_data(folder / "index.html")["settings"])["steps"] == "3"
     file.unlink()
     succeed("decode", world.config, run)
     data = page_data(folder / "index.html")
