@@ -48,8 +48,9 @@ def main(cache: Path, images: int, rounds: int, seconds: float, vae: str, image_
         decoder = FrozenVae(vae, pick_device())
         ratios = []
         for number in range(rounds):
-            before, stage, after = _bare(decoder, samples, seconds), _stage(config, samples), 0.0
-            after = _bare(decoder, samples, seconds)  # the machine's speed drifts
+            before = _bare(decoder, samples, seconds)  # and after it, because the machine's speed drifts
+            stage = _stage(config, samples)
+            after = _bare(decoder, samples, seconds)
             ratios.append(stage / statistics.mean([before, after]))
             print(
                 f"round {number + 1}: bare decoder {before:.0f} and {after:.0f} images/s, decode {stage:.0f}"

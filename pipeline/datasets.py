@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from numpy.typing import NDArray
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import LatentCache
+from data.memory import host_memory
 from data.sources.base import Batch, Source
 from data.sources.files import open_source
 from data.sources.heldout import Subset, open_heldout
 from data.text import counted, printable
 from pipeline.config import Config, cache_configs, heldout_path
-from pipeline.device import halving
+from pipeline.device import halving, process_count
 from pipeline.vae import FrozenVae, to_images
 
 BATCH = 16  # latents decoded at a time
@@ -100,18 +103,41 @@ class DecodedLatents:
         chosen = np.asarray(indices, np.int64)
         return Batch(chosen, np.concatenate(list(self.batches(chosen))))
 
-    def batches(self, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images at `chosen`, uint8 `n S S 3`, batch by batch.
+    def workers(self) -> int:
+        """Return how many batches `batches` should decode at once: on a GPU one; on a CPU one per core, as far as the
+        memory allows, because threads that share a batch wait for each other at every layer."""
+        if self.vae.device.type != "cpu":
+            return 1
+        fitting = host_memory().available // (2 * self.vae.encoding_bytes(BATCH, self.image_size))
+        return max(1, min(process_count("auto"), fitting))
+
+    def batches(self, chosen: NDArray[np.int64], workers: int = 1) -> Iterator[NDArray[np.uint8]]:
+        """Yield the images at `chosen`, uint8 `n S S 3`, batch by batch; `workers` batches are decoded at once.
 
         Only full batches are decoded, so that the bits do not depend on the selection.
         """
         filled = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % self._batch)])
         done = 0
-        for pixels in halving(self._decode, filled, self._batch, "decode"):
+        one_by_one = halving(self._decode, filled, self._batch, "decode")
+        for pixels in one_by_one if workers == 1 else self._in_threads(filled, workers):
             self._batch = len(pixels)  # smaller from now on if more did not fit into memory
             if done < len(chosen):
                 yield pixels[: len(chosen) - done]
             done += len(pixels)
+
+    def _in_threads(self, indices: NDArray[np.int64], workers: int) -> Iterator[NDArray[np.uint8]]:
+        """Decode batches in `workers` threads, each batch on one of them, and yield them in order."""
+        threads, pending = torch.get_num_threads(), deque[Future[NDArray[np.uint8]]]()
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for start in range(0, len(indices), self._batch):
+                    pending.append(pool.submit(self._decode, indices[start : start + self._batch]))
+                    if len(pending) > workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+        finally:
+            torch.set_num_threads(threads)  # the setting is partly global to the process
 
     def _decode(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         latents = self.cache.read_verified(indices)[:, 0, : self.cache.manifest.latent_channels]

@@ -103,7 +103,7 @@ def _write(
     sheet: list[NDArray[np.uint8]] = []
     started = time.monotonic()
     with staged_folder(out / IMAGES) as staged, ThreadPoolExecutor(process_count("auto")) as pool:
-        batches = _saving(images.batches(chosen), [staged / name for name in names], options, pool)
+        batches = _saving(images.batches(chosen, images.workers()), [staged / name for name in names], options, pool)
         batches = _collecting(batches, on_sheet, sheet)
         if npz:
             write_npz(out / NPZ, batches, images.labels[chosen], images.image_size)

@@ -20,6 +20,7 @@ from PIL import Image
 
 import stages.decode
 from data.cache.reader import LatentCache
+from data.memory import Memory
 from data.sources.generated import GeneratedArray
 from data.storage import publish_checked, strip_checksum
 from pipeline.config import Config
@@ -186,6 +187,28 @@ def test_at_most_a_few_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest
         assert sum(map(len, stages.decode._saving(batches(), files, {}, pool))) == 100
     assert saved == 50
     assert max(ahead) <= 5
+
+
+def test_batches_that_are_decoded_at_once_are_the_same_in_the_same_order(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, threads = LatentCache(world.cache), torch.get_num_threads()
+    images = DecodedLatents(latents, FrozenVae(str(world.config.parent / "vae")))
+    for count in (1, BATCH, 5 * BATCH + 3):
+        chosen = np.random.default_rng(0).integers(0, len(latents), count)
+        expected = images.load(chosen).pixels
+        for workers in (2, 4):
+            parts = list(images.batches(chosen, workers))
+            assert [len(part) for part in parts] == [len(part) for part in images.batches(chosen)]
+            assert np.array_equal(np.concatenate(parts), expected)
+    assert torch.get_num_threads() == threads
+    monkeypatch.setattr("pipeline.datasets.process_count", lambda requested: 5)
+    assert images.workers() == 5
+    monkeypatch.setattr("pipeline.datasets.host_memory", lambda: Memory(0, 0))
+    assert images.workers() == 1
+    images.vae.device = torch.device("cuda")
+    monkeypatch.setattr("pipeline.datasets.host_memory", lambda: Memory(2**50, 2**50))
+    assert images.workers() == 1
 
 
 def test_a_decoder_that_runs_out_of_memory_goes_on_with_smaller_batches_to_the_same_images(
