@@ -17,11 +17,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+_FLUSHES = 32  # at a time
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Result = TypeVar("Result")
@@ -145,10 +148,11 @@ def staged_folder(path: Path) -> Iterator[Path]:
     try:
         yield staged
         mode = staged.stat().st_mode & 0o666
-        for file in (f for f in staged.rglob("*") if f.is_file()):
+        files = [f for f in staged.rglob("*") if f.is_file()]
+        for file in files:
             if mode & ~(now := file.stat().st_mode):
                 os.chmod(file, now | mode)
-            _sync(file)
+        _sync_all(files)
         for folder in (*(f for f in staged.rglob("*") if f.is_dir()), staged):
             _sync_folder(folder)
         remove(path)
@@ -306,6 +310,12 @@ def try_lock(handle: int, *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _sync_all(files: Sequence[Path]) -> None:
+    """Flush files to disk, thousands of them in threads: a disk flushes what several threads wait for at once."""
+    with ThreadPoolExecutor(min(1 + len(files) // 100, _FLUSHES)) as pool:
+        deque(pool.map(_sync, files), maxlen=0)  # raises the first error
 
 
 def _sync(file: Path) -> None:

@@ -278,9 +278,11 @@ class Sample(Section):
     seed: Seed = 0
     """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
     batch_size: PositiveInt = 50
-    """Samples drawn at a time; halved where memory runs out."""
+    """Samples drawn at a time on a GPU, halved where memory runs out; a CPU draws at most 16 on each core."""
     compile: bool = False
     """Use torch.compile: faster steps after about a minute of compilation."""
+    image_format: Literal["png", "webp", "jpeg"] = "png"
+    """Format of the image files; png and webp are lossless; jpeg: quality 95, without colour subsampling."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", exclude_if=lambda value: value == "auto")
     """Precision of the model; auto: bf16 on a GPU that supports it, else fp32 (same bits for any batch
     size on a CPU)."""

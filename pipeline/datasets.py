@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Manifest
 from data.cache.reader import LatentCache
+from data.memory import host_memory
 from data.sources.base import Batch, Source
 from data.sources.files import open_source
 from data.sources.heldout import Subset, open_heldout
 from data.text import counted, printable
 from pipeline.config import Config, cache_configs, heldout_path
+from pipeline.device import halving, in_threads, process_count
 from pipeline.vae import FrozenVae, to_images
 
 BATCH = 16  # latents decoded at a time
@@ -88,18 +91,39 @@ class DecodedLatents:
         self.keys: Sequence[str] = cache.keys()
         self.labels, self.image_size = cache.labels, cache.manifest.image_size
         self.preprocessing = "decoded from the first view's means"
+        self._batch = BATCH
 
     def fingerprint(self) -> str:
         return self.cache.manifest.sha256()
 
     def load(self, indices: Sequence[int]) -> Batch:
-        """Decode the images at `indices`, in batches of fixed size, so that the bits do not depend on the selection."""
+        """Decode the images at `indices`."""
         chosen = np.asarray(indices, np.int64)
-        images = []
-        for start in range(0, len(chosen), BATCH):
-            rows = chosen[start : start + BATCH]
-            filled = np.concatenate([rows, np.repeat(rows[:1], BATCH - len(rows))])
-            latents = self.cache.read_verified(filled)[:, 0, : self.cache.manifest.latent_channels]
-            pixels = self.vae.decode(torch.from_numpy(latents.astype(np.float32)))
-            images.append(to_images(pixels)[: len(rows)].cpu().numpy())
-        return Batch(chosen, np.concatenate(images))
+        return Batch(chosen, np.concatenate(list(self.batches(chosen))))
+
+    def workers(self) -> int:
+        """Return how many batches `batches` should decode at once: on a GPU one; on a CPU one per core, as far as the
+        memory allows, because threads that share a batch wait for each other at every layer."""
+        if self.vae.device.type != "cpu":
+            return 1
+        fitting = host_memory().available // (2 * self.vae.encoding_bytes(BATCH, self.image_size))
+        return max(1, min(process_count("auto"), fitting))
+
+    def batches(self, chosen: NDArray[np.int64], workers: int = 1) -> Iterator[NDArray[np.uint8]]:
+        """Yield the images at `chosen`, uint8 `n S S 3`, batch by batch; `workers` batches are decoded at once.
+
+        Only full batches are decoded, so that the bits do not depend on the selection.
+        """
+        filled = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % self._batch)])
+        done = 0
+        one_by_one = halving(self._decode, filled, self._batch, "decode")
+        parts = [filled[i : i + self._batch] for i in range(0, len(filled), self._batch)]
+        for pixels in one_by_one if workers == 1 else in_threads(self._decode, parts, workers):
+            self._batch = len(pixels)  # smaller from now on if more did not fit into memory
+            if done < len(chosen):
+                yield pixels[: len(chosen) - done]
+            done += len(pixels)
+
+    def _decode(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        latents = self.cache.read_verified(indices)[:, 0, : self.cache.manifest.latent_channels]
+        return to_images(self.vae.decode(torch.from_numpy(latents.astype(np.float32)))).cpu().numpy()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 _MAX_PROCESSES = 32
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # a container's CPU limit: microseconds of CPU time, and of the period
+Result = TypeVar("Result")
 
 
 def process_count(requested: int | str) -> int:
@@ -43,6 +48,46 @@ def sampling_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and bf16_is_faster(device) else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def halving(call: Callable[[Any], Result], items: Any, batch_size: int, stage: str) -> Iterator[Result]:
+    """Yield `call(batch)` for successive slices of `items`, such as a range or an array, of `batch_size` items each.
+
+    When a GPU has too little memory for a batch, its size is halved for the rest, with a printed line that begins with
+    `stage`. torch.OutOfMemoryError if a single item does not fit.
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + batch_size]
+        try:
+            result = call(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            batch_size = len(batch) // 2
+            print(f"{stage}: out of memory with batches of {len(batch)}: going on with {batch_size}", flush=True)
+            continue  # outside of this clause, no traceback refers to the tensors of the failed call
+        start += len(batch)
+        yield result
+
+
+def in_threads(call: Callable[[Any], Result], batches: Iterable[Any], workers: int) -> Iterator[Result]:
+    """Yield `call(batch)` of each batch, in order; `workers` batches are computed at once, each on one core.
+
+    On a CPU this is faster than threads that share a batch, because these wait for each other at every layer; and the
+    bits of a result do not depend on the number of cores.
+    """
+    threads, pending = torch.get_num_threads(), deque[Future[Result]]()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for batch in batches:
+                pending.append(pool.submit(call, batch))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # the setting is partly global to the process
 
 
 def pick_device() -> torch.device:

@@ -16,6 +16,8 @@ from pipeline.noise import Level, NoiseProcess
 if TYPE_CHECKING:
     from pipeline.unet import LatentUNet
 
+# on a CPU, a network is always called with this many images: the rounding of a matrix product depends on its size
+CPU_ROWS = 16
 # the usual ones of adaptive projected guidance: momentum -0.5, and a norm of at most 5 for latents of 4x32x32 values
 APG_MOMENTUM, APG_NORM = -0.5, 5 / math.sqrt(4096)
 
@@ -56,7 +58,8 @@ class GuidedModel:
     `labels` int64 `B` and `scales`, `B` numbers, belong to its samples. The weak prediction is that of `guide` for the
     same classes or, without a guide, that of the model for the null class, computed in the same batch, and only for
     samples whose scale is not 1. Scale 0 of all samples without a guide is the unconditional model, at half the cost.
-    The networks run under autocast to `half` if it is given; all else is float32.
+    The networks run under autocast to `half` if it is given; all else is float32. On one thread of a CPU, a sample has
+    the same bits whatever else is in its batch.
     """
 
     def __init__(
@@ -109,7 +112,15 @@ class GuidedModel:
 
     def _predict(self, model: LatentUNet, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(x.device.type, self._half, enabled=self._half is not None):
-            return model(x, timestep, labels).sample.float()
+            if x.device.type != "cpu":
+                return model(x, timestep, labels).sample.float()
+            count, missing = len(x), -len(x) % CPU_ROWS
+            x, labels = (
+                torch.cat([x, x[:1].expand(missing, -1, -1, -1)]),
+                torch.cat([labels, labels[:1].expand(missing)]),
+            )
+            parts = zip(x.split(CPU_ROWS), labels.split(CPU_ROWS), strict=True)
+            return torch.cat([model(part, timestep, of_part).sample for part, of_part in parts])[:count].float()
 
     def _combine(self, x: Tensor, strong: Tensor, weak: Tensor, extra: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Return the guided and the weak estimate of x_0; `extra` is scale - 1, `B 1 1 1`."""

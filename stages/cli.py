@@ -91,6 +91,7 @@ def _stage(command: Callable[..., None]) -> Callable[..., None]:
     return _errors_in_one_line(config(wrapped))
 
 
+_npz_option = click.option("--npz", is_flag=True, help="Also write samples.npz, the format of ADM's evaluator.")
 _cache_option = click.option("--cache", type=LocalPath(), help="A cache other than the config's.")
 
 
@@ -166,30 +167,34 @@ def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
 
 @main.command()
 @click.option("--latents", is_flag=True, help="Write latents only; decode makes the images later.")
+@_npz_option
 @_stage
-def sample(config: Config, run: Path, latents: bool) -> None:
+def sample(config: Config, run: Path, latents: bool, npz: bool) -> None:
     """Draw images from the newest checkpoint.
 
-    They are written as PNG files, with a contact sheet and a page.
+    They are written as PNG files (see sample.image_format), with a contact sheet and a page.
     """
     from stages.sample import sample
 
+    if latents and npz:
+        raise ValueError("--npz: it holds images: leave out --latents")
     folder = sample(config, run)
     if not latents:
         from stages.decode import decode
 
-        decode(config, folder)
+        decode(config, folder, npz=npz)
 
 
 @main.command()
 @click.option("--cache", type=LocalPath(), help="Decode the first images of each class of this cache instead.")
+@_npz_option
 @_stage
-def decode(config: Config, run: Path, cache: Path | None) -> None:
+def decode(config: Config, run: Path, cache: Path | None, npz: bool) -> None:
     """Decode samples that were drawn before, or a cache, to images."""
     from stages.decode import decode
     from stages.sample import drawn_folder
 
-    decode(config, cache or drawn_folder(config, run), excerpt=cache is not None)
+    decode(config, cache or drawn_folder(config, run), excerpt=cache is not None, npz=npz)
 
 
 @main.command()

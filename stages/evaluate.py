@@ -185,7 +185,7 @@ class Evaluation:
         record = {
             "tag": f"{sample_folder(self.config, self.run, checkpoint).name}{self._suffix}",
             "samples": {
-                **drawn.model_dump(mode="json"),
+                **drawn.model_dump(mode="json", exclude={"image_format"}),
                 "drawn": len(chosen) * per_class,
                 "failed": cache.manifest.failed,
                 "times": _times(self.config, checkpoint),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +23,16 @@ from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, LatentCache, least_shard_rows
 from data.cache.writer import CacheWriter, EncodedShard, Job
 from data.sources.generated import SAMPLES
-from data.storage import probe, publish_json
+from data.storage import probe, publish_checked
 from data.text import brief, digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config
-from pipeline.device import pick_device, sampling_dtype
+from pipeline.device import halving, in_threads, pick_device, process_count, sampling_dtype
+from pipeline.guidance import CPU_ROWS
 from pipeline.sampling import draw_samples
 from pipeline.training.checkpoint import Checkpoint, checkpoint_at, newest_checkpoint
 
-SPEED_ONLY = {"batch_size", "compile"}  # keys of sample that change no image
+NOT_DRAWN = {"batch_size", "compile", "image_format"}  # keys of sample that change no latents
 
 
 def sample(
@@ -55,7 +56,7 @@ def sample(
     probe(folder, "--run")
     with writer.claimed():
         if writer.job.number == 0:
-            publish_json(folder / SAMPLES, _description(config, checkpoint, labels))
+            publish_checked(folder / SAMPLES, _description(config, checkpoint, labels))
         _draw_missing(config, checkpoint, writer, labels)
         manifest = writer.finish()
     if manifest and manifest.failed:
@@ -147,7 +148,7 @@ def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
     if s.precision != "auto":
         tag += f"-{s.precision}"
-    shown = {"scheduler", "steps", "guidance", "seed", "per_class", "precision", *SPEED_ONLY}
+    shown = {"scheduler", "steps", "guidance", "seed", "per_class", "precision", *NOT_DRAWN}
     if others := s.model_dump(mode="json", exclude_defaults=True, exclude=shown):
         tag += "-" + digest([json.dumps(others["classes"] if [*others] == ["classes"] else others)])[:8]
     return run / "samples" / tag
@@ -160,14 +161,13 @@ def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, l
     rows = np.array([row for shard in pending for row in writer.plan.rows_of(shard)], dtype=np.int64)
     started, drawn = time.monotonic(), torch.empty(0)
     with tqdm(total=len(rows), unit=" images", desc="sample", mininterval=1) as bar:
-        for batch in (rows[i : i + config.sample.batch_size] for i in range(0, len(rows), config.sample.batch_size)):
-            latents = draw(batch)
+        for latents in draw.batches(rows):
             drawn = torch.cat([drawn, latents]) if len(drawn) else latents
             while pending and len(drawn) >= (size := len(writer.plan.rows_of(pending[0]))):
                 shard = pending.pop(0)
-                moments, drawn = drawn[:size, None].cpu().numpy(), drawn[size:]
+                moments, drawn = drawn[:size, None].numpy(), drawn[size:]
                 writer.write(EncodedShard(shard, np.array(writer.plan.rows_of(shard)), moments, {}))
-            bar.update(len(batch))
+            bar.update(len(latents))
     rate = len(rows) / (time.monotonic() - started)
     print(f"sample: {len(rows):,} images in {writer.path}, {rate:.1f} images/s")
 
@@ -188,8 +188,18 @@ class _Drawing:
         model = checkpoint.ema_model().to(self._device)
         return torch.compile(model) if self._settings.compile else model
 
-    def __call__(self, batch: NDArray[np.int64]) -> Tensor:
-        """Draw the samples with the indices `batch`: latents `B C h w`."""
+    def batches(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+        """Yield the latents `B C h w`, on the CPU, of the samples with the indices `rows`, batch by batch.
+
+        A CPU draws small batches, one on each core; a GPU `sample.batch_size` at a time, halved where memory runs out.
+        """
+        if self._device.type != "cpu":
+            yield from halving(self._draw, rows, self._settings.batch_size, "sample")
+            return
+        size = min(self._settings.batch_size, CPU_ROWS)
+        yield from in_threads(self._draw, np.split(rows, range(size, len(rows), size)), process_count("auto"))
+
+    def _draw(self, batch: NDArray[np.int64]) -> Tensor:
         normalization, labels = self._checkpoint.normalization, self._labels[batch]
         start = normalization.normalize(self._images.load(batch).to(self._device)) if self._images else None
         latents = draw_samples(
@@ -203,7 +213,7 @@ class _Drawing:
             guide=self._guide,
             start=start,
         )
-        return normalization.denormalize(latents)
+        return normalization.denormalize(latents).cpu()
 
 
 def _open_guide(place: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -279,7 +289,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         classes=checkpoint.state.classes,
         data_source=f"samples of {run.resolve().name}",
         data_bytes=0,
-        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude=SPEED_ONLY)]),
+        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude=NOT_DRAWN)]),
         image_size=checkpoint.state.image_size,
         preprocessing="none: drawn from a model",
         vae=checkpoint.state.vae,
@@ -295,7 +305,7 @@ def _description(config: Config, checkpoint: Checkpoint, labels: NDArray[np.int6
         "images_seen": checkpoint.images_seen,
         "vae": checkpoint.state.vae.model_dump(mode="json"),
         "noise": asdict(checkpoint.state.noise),
-        "sample": config.sample.model_dump(mode="json"),
+        "sample": config.sample.model_dump(mode="json", exclude={"image_format"}),
         "dtype": str(sampling_dtype(config.sample.precision, pick_device()) or torch.float32).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "images": [{"index": i, "label": int(label), "class": names[label]} for i, label in enumerate(labels)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def succeed(stage: str, config: Path, run: Path, *overrides: str, more: tuple[st
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """What the page of decoded images has in its script."""
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(text)
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:

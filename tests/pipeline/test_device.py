@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pipeline.device
-from pipeline.device import bf16_is_faster, pick_device
+from pipeline.device import bf16_is_faster, halving, pick_device
 from tests.helpers.world import World, run_stage
 
 
@@ -66,3 +66,36 @@ def test_bf16_is_for_processors_on_which_it_is_quicker(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu, **instructions})
     assert bf16_is_faster(torch.device("cpu")) == gains
+
+
+class Gpu:
+    """A call with room for `room` items."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __call__(self, batch: range) -> list[int]:
+        if len(batch) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(batch)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 37])
+@pytest.mark.parametrize("room", [1, 3, 5, 16, 100])
+def test_batches_are_halved_until_they_fit_and_nothing_is_lost_or_done_twice(
+    count: int, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = list(halving(Gpu(room), range(count), 16, "decode"))
+    assert [item for batch in batches for item in batch] == list(range(count))
+    assert all(0 < len(batch) <= min(room, 16) for batch in batches)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) <= 4
+    if count >= 16 > room:
+        assert told[0] == "decode: out of memory with batches of 16: going on with 8"
+    if room >= 16:
+        assert not told
+
+
+def test_an_item_that_does_not_fit_alone_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        list(halving(Gpu(0), range(3), 4, "sample"))
