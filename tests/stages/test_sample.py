@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,16 +13,18 @@ from PIL import Image
 
 from data.cache.manifest import Manifest
 from data.cache.reader import LatentCache
+from data.cache.writer import Job
 from pipeline.compatibility import usable_guidance
 from pipeline.config_file import load_config
 from pipeline.training.setup import build_model
-from stages.sample import choose_classes
+from stages.sample import choose_classes, sample
 from tests.helpers.world import (
     CLASSES,
     IMAGE_SIZE,
     World,
     drawn,
     make_images,
+    refuse,
     run_stage,
     state_of,
     succeed,
@@ -217,3 +220,70 @@ def test_samples_in_half_precision_are_near_those_in_full_and_lie_beside_them(wo
     assert 0 < np.abs(other - first).max() < 0.1 * first.std()
     auto = LatentCache(world.samples)
     assert (auto.read(np.arange(len(auto))) == exact.read(np.arange(len(exact)))).all()  # on a CPU
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("sample.scheduler=euler_ancestral",),
+        ("sample.scheduler=heun", "sample.guidance_form=apg"),
+        ("sample.scheduler=dpm++", "sample.guidance_by_class="),
+    ],
+    ids=["unipc", "euler_ancestral", "heun", "dpm++"],
+)
+def test_every_batch_size_and_number_of_processes_draws_the_same_bytes(
+    world: World, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    overrides = [*settings, "sample.per_class=20"]
+    names = "{" + ", ".join(f"'{name}': {1 + 2 * i}" for i, name in enumerate(CLASSES)) + "}"
+    overrides = [re.sub(r"by_class=.*", f"by_class={names}", each) for each in overrides]
+    shards = []
+    for batch_size, jobs in ((1, 1), (5, 3), (64, 2)):
+        run = shutil.copytree(world.run, tmp_path / f"{batch_size}")
+        config = load_config(world.config, [*overrides, f"sample.batch_size={batch_size}"])
+        for number in range(jobs):
+            folder = sample(config, run, job=Job(number, jobs))
+        assert (folder / "manifest.json").exists()
+        shards.append({name: payload for name, payload in tree(folder).items() if "latents.zarr/" in name})
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_a_weaker_model_guides_and_must_fit(world: World, tmp_path: Path) -> None:
+    run = shutil.copytree(world.run, tmp_path / "run")
+    shutil.rmtree(run / "samples")
+    strong = "sample.guidance=1000"
+    for settings in (("sample.guidance=1",), (strong,), (strong, f"sample.guide={run}")):
+        succeed("sample", world.config, run, *settings, more=("--latents",))
+    folders = sorted((run / "samples").iterdir(), key=lambda folder: len(folder.name))
+    conditional, alone, guided = (LatentCache(folder) for folder in folders)
+    every, close = np.arange(len(alone)), {"rtol": 1e-2, "atol": 1e-2}
+    assert np.allclose(guided.read(every), conditional.read(every), **close)  # a model guides itself nowhere
+    assert not np.allclose(alone.read(every), conditional.read(every), **close)
+    other = tmp_path / "other"
+    succeed("train", world.config, other, "train.normalization=vae", "train.images=16")
+    result = run_stage("sample", world.config, run, f"sample.guide={other}")
+    refuse(result, f"sample.guide: {other}/checkpoints/000000016: its normalization is", "trained on the same cache")
+    refuse(
+        run_stage("sample", world.config, run, "sample.guide=nowhere"), "sample.guide: no intact checkpoint in nowhere"
+    )
+
+
+def test_samples_start_from_the_images_of_a_cache(world: World, tmp_path: Path) -> None:
+    run = shutil.copytree(world.run, tmp_path / "run")
+    near, far = (
+        (f"sample.start={start}", f"sample.start_from={world.cache}", "sample.steps=8") for start in (0.01, 0.9)
+    )
+    cache = LatentCache(world.cache)
+    channels = cache.manifest.latent_channels
+    firsts = [np.flatnonzero(cache.labels == label)[turn] for turn in range(3) for label in (0, 1)]
+    originals = cache.read(np.array(firsts))[:, 0, :channels].astype(np.float32)
+    distances = []
+    for settings in (near, far):
+        before = {*(run / "samples").iterdir()}
+        succeed("sample", world.config, run, *settings, more=("--latents",))
+        (folder,) = {*(run / "samples").iterdir()} - before
+        drawn_latents = LatentCache(folder).read(np.arange(6))[:, 0].astype(np.float32)
+        distances.append(np.abs(drawn_latents - originals).mean())
+    assert distances[0] < 0.1 * originals.std() < distances[1]
+    refuse(run_stage("sample", world.config, run, "sample.start=0.5"), "start = 0.5 and start_from = None")
