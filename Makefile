@@ -58,7 +58,7 @@ train: encode  ## stage two: train a model on the latent cache
 	$(LAUNCH) train $(ARGS)
 
 sample: train  ## draw samples from the model: PNG files, a contact sheet and a page
-	$(BIN)/latentmill sample $(ARGS)
+	$(LAUNCH) sample $(ARGS)
 
 decode: sample  ## decode samples again; sample does it too
 	$(BIN)/latentmill decode $(ARGS)

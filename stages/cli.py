@@ -172,14 +172,21 @@ def ema(run: Path, width: float, images: int | None, to: Path | None) -> None:
 def sample(config: Config, run: Path, latents: bool, npz: bool) -> None:
     """Draw images from the newest checkpoint.
 
-    They are written as PNG files (see sample.image_format), with a contact sheet and a page.
+    They are written as PNG files (see sample.image_format), with a contact sheet and a page. Several processes, as
+    torchrun starts them, share the drawing; the first one decodes.
     """
+    from stages.encode import parse_job
     from stages.sample import sample
 
     if latents and npz:
         raise ValueError("--npz: it holds images: leave out --latents")
-    folder = sample(config, run)
-    if not latents:
+    job = parse_job(None)
+    folder = sample(config, run, job=job)
+    if job.jobs > 1:
+        from pipeline.training.distributed import connect
+
+        connect("fp32").wait_for_everyone()
+    if not latents and job.number == 0:
         from stages.decode import decode
 
         decode(config, folder, npz=npz)

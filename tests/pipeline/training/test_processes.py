@@ -42,11 +42,12 @@ def start(
     *,
     launcher: tuple[str, ...] = (),
     module: str = "stages",
+    stage: str = "train",
 ) -> subprocess.Popen[str]:
-    """`train` as people start it: several processes by torchrun."""
+    """A stage as people start it: several processes by torchrun."""
     if processes > 1:
         launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--")
-    command = [sys.executable, "-m", *launcher, module, "train", "--config", str(world.config), "--run", str(run)]
+    command = [sys.executable, "-m", *launcher, module, stage, "--config", str(world.config), "--run", str(run)]
     for override in overrides:
         command += ["--set", override]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -250,3 +251,15 @@ def test_make_starts_as_many_processes_as_asked_for(count: str, start: str) -> N
         ["make", "--dry-run", "train", f"NPROC={count}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert start in done.stdout
+
+
+def test_two_processes_share_the_drawing_and_one_decodes(world: World, tmp_path: Path) -> None:
+    run, alone = (Path(shutil.copytree(world.run, tmp_path / name)) for name in ("run", "alone"))
+    settings = ("sample.per_class=12", "sample.scheduler=euler_ancestral")
+    printed = finish(start(world, run, 2, settings, stage="sample"))
+    succeed("sample", world.config, alone, *settings)
+    assert printed.count("sample: 16 images") == printed.count("sample: 8 images") == 1
+    folders = [next((each / "samples").glob("*12each*")) for each in (run, alone)]
+    one, other = ({name: file for name, file in tree(folder).items() if "images" in name} for folder in folders)
+    assert one == other
+    assert len(one) == 24
