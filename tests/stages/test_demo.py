@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -26,7 +27,7 @@ from pipeline.compatibility import SAMPLERS
 from stages.cli import main
 from stages.demo import MOST_IMAGES, Demo, Server
 from tests.helpers.browser import PROGRAM, Browser
-from tests.helpers.world import CLASSES, IMAGE_SIZE, World, refuse
+from tests.helpers.world import CLASSES, IMAGE_SIZE, World, refuse, train_on
 
 SETTINGS = {"class": CLASSES[0], "count": 3, "seed": 7, "sampler": "euler", "steps": 5, "guidance": 1.5}
 
@@ -106,6 +107,29 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(runs: Path) -> None:
     few, many = (drawn(demo, request(runs, count=count))[-1]["images"] for count in (1, 5))
     assert np.abs(pixels(few[0]) - pixels(many[0])).max() <= 1
     assert len(set(many)) == 5
+
+
+def test_what_the_page_does_not_offer_to_guide_with_is_left_out(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "first", tmp_path / "first")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["sample"] |= {
+        "guidance_by_class": {CLASSES[0]: 9.0},
+        "start": 0.5,
+        "start_from": "nowhere",
+        "guide": "nowhere",
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    plain, end = (drawn(Demo(path, runs), request(runs, run=str(path)))[-1] for path in (runs / "first", run))
+    assert end["images"] == plain["images"]
+    words = set(shlex.split(end["command"])) - set(shlex.split(plain["command"]))
+    left_out = {"guide=null", "start=1.0", "start_from=null", "guidance_by_class={}"}
+    assert words == {f"sample.{each}" for each in left_out} | {str(run), str(run / "config.yaml")}
+
+
+def test_a_guidance_that_the_model_does_not_support_is_noted(world: World, tmp_path: Path) -> None:
+    train_on(world, tmp_path, ("cat",))
+    end = drawn(Demo(tmp_path / "run"), request(tmp_path, run=str(tmp_path / "run")))[-1]
+    assert end["note"].startswith("sample.guidance = 1, not 1.5: there is only one class")
 
 
 def test_one_model_is_kept_until_another_or_a_newer_one_is_asked_for(
@@ -278,3 +302,7 @@ def test_the_page_stops_drawing_and_shows_errors(page: Browser) -> None:
     wait(page, "!drawing")
     assert "ddim cannot sample a model trained on the flow schedule: use euler" in status(page)
     assert page.run("of('status').className") == "wrong"
+    assert texts(page, ".thumb") == []
+    page.run("(of('run').selectedIndex = 1, of('run').dispatchEvent(new Event('change')))")
+    wait(page, "!of('draw').disabled")
+    assert page.run("of('sampler').value") == "euler"
