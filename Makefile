@@ -27,7 +27,7 @@ LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all encode verify info train sample decode eval export vae test lint results bench
+.PHONY: help setup all encode verify info train sample decode eval export demo vae test lint results bench
 
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## measure sa
 
 export: train  ## write the model as a folder that diffusers loads: make export TO=exports/solids
 	$(BIN)/latentmill export $(ARGS) $(if $(value TO),--to $(call quoted,TO)) $(FLAGS)
+
+demo: $(READY)  ## serve a page on this machine that draws images from trained models
+	$(BIN)/latentmill demo $(if $(value RUN),--run $(call quoted,RUN)) $(FLAGS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
 	$(BIN)/latentmill train-vae $(call quoted,PHOTOS)

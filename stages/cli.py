@@ -247,6 +247,22 @@ def export(config: Config, run: Path, to: Path, push: str | None) -> None:
     export(config, run, to, push=push)
 
 
+@main.command()
+@click.option("--run", type=LocalPath(), help="Run that is selected first  [default: the first in runs/]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="Port of the page; 0: any."
+)
+@_errors_in_one_line
+def demo(run: Path | None, port: int) -> None:
+    """Serve a page on this machine that draws images.
+
+    They come from the trained models in runs/; no other machine reaches the page.
+    """
+    from stages.demo import demo
+
+    demo(run, port)
+
+
 @main.command("config")
 @_errors_in_one_line
 def print_config() -> None:

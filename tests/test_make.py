@@ -75,3 +75,11 @@ def test_an_export_gets_its_folder_and_flags_and_the_stages_before_it_do_not() -
     assert [command[1] for command in commands] == ["encode", "train", "export"]
     assert commands[-1][-4:] == ["--to", "my exports/it's", "--push", "me/solids"]
     assert not any("--push" in command for command in commands[:-1])
+
+
+def test_a_demo_gets_its_run_and_trains_nothing() -> None:
+    command = ["make", "--dry-run", "demo", "RUN=my runs/it's", "FLAGS=--port 0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    *_, words = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert words[1:] == ["demo", "--run", "my runs/it's", "--port", "0"]
+    assert started("demo") == []  # no stage with a config
