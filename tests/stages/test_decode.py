@@ -259,7 +259,7 @@ def test_the_page_says_how_samples_were_drawn_and_with_which_seeds_if_they_have_
 ) -> None:
     data = page_data(folder / "index.html")
     settings = dict(data["settings"])
-    assert settings.items() >= {"sampler": "euler", "steps": "2", "guidance": "2.0", "seed": "0"}.items()
+    assert settings.items() >= {"sampler": "unipc", "steps": "2", "guidance": "2.0", "seed": "0"}.items()
     assert settings["checkpoint"] == "48 images seen"
     assert settings["run"] == str(world.run)
     assert data["images"] == [[i, i % 2] for i in range(6)]

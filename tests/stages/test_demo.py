@@ -67,7 +67,7 @@ def test_a_run_offers_its_classes_its_settings_and_the_samplers_that_work_with_i
     offer = Demo(folder=runs).describe(str(runs / "first"))
     assert offer["classes"] == list(CLASSES)
     assert offer["samplers"] == [name for name in SAMPLERS if name not in ("ddpm", "ddim")]
-    assert (offer["sampler"], offer["steps"], offer["guidance"], offer["seed"]) == ("euler", 2, 2.0, 0)
+    assert (offer["sampler"], offer["steps"], offer["guidance"], offer["seed"]) == ("unipc", 2, 2.0, 0)
     assert offer["facts"][0] == "48 images seen"
 
 
@@ -305,4 +305,4 @@ def test_the_page_stops_drawing_and_shows_errors(page: Browser) -> None:
     assert texts(page, ".thumb") == []
     page.run("(of('run').selectedIndex = 1, of('run').dispatchEvent(new Event('change')))")
     wait(page, "!of('draw').disabled")
-    assert page.run("of('sampler').value") == "euler"
+    assert page.run("of('sampler').value") == "unipc"

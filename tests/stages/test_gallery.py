@@ -108,7 +108,7 @@ def choose(page: Browser, order: str) -> None:
 
 def test_thousands_of_images_are_counted_but_only_those_in_sight_are_built(page: Browser) -> None:
     assert page.run("document.title") == "samples of many"
-    assert count(page).startswith("3,000 images · 4 classes · euler, 2 steps · guidance 2")
+    assert count(page).startswith("3,000 images · 4 classes · unipc, 2 steps · guidance 2")
     assert headings(page) == ["cat"]
     assert captions(page)[:3] == ["0 · seed 3000", "4 · seed 2996", "8 · seed 2992"]
     assert 20 < len(captions(page)) < 300
@@ -199,7 +199,7 @@ def test_a_click_opens_the_image_with_its_settings_and_the_command(browser: Brow
             "[...document.querySelectorAll('dt')].map((each) => [each.textContent, each.nextSibling.textContent])"
         )
     )
-    expected = {"index": "3", "file": "000003-dog_fox_.png", "sampler": "euler", "steps": "2", "seed": "0"}
+    expected = {"index": "3", "file": "000003-dog_fox_.png", "sampler": "unipc", "steps": "2", "seed": "0"}
     assert facts.items() >= expected.items()
     assert browser.run("document.querySelector('#name').textContent") == CLASSES[1]
     command = shlex.split(browser.run("document.querySelector('#command').textContent"))
