@@ -209,20 +209,26 @@ def sweep(config: Config, run: Path, rows: str | None, columns: str | None, to: 
 
 
 @main.command()
-@click.option("--between-seeds", nargs=2, type=click.IntRange(min=0), help="Go from the noise of one seed to another.")
+@click.option(
+    "--between-seeds",
+    nargs=2,
+    type=click.IntRange(min=0),
+    metavar="SEED SEED",
+    help="Go from the noise of one seed to that of another.",
+)
 @click.option("--between-classes", nargs=2, metavar="CLASS CLASS", help="Go from one class to another.")
 @click.option("--frames", type=click.IntRange(min=2), default=25, show_default=True, help="Number of frames, at most.")
 @click.option("--to", type=LocalPath(), help="File to write, .webp or .gif  [default: one in runs/NAME/animations]")
 @_stage
-def animate(config: Config, run: Path, frames: int, to: Path | None, **between: tuple | None) -> None:
+def animate(config: Config, run: Path, **options: Any) -> None:
     """Draw an animation of how noise becomes images.
 
-    Each frame shows the image that the model expects at a step. Between two seeds or classes, each frame shows finished
-    samples instead. A PNG file beside the animation shows some frames side by side.
+    Each frame shows the images that the model expects at a step, one of each class. Between two seeds or classes, all
+    frames show samples. A PNG file beside the animation shows some of its frames side by side.
     """
     from stages.animate import animate
 
-    animate(config, run, frames=frames, to=to, **between)
+    animate(config, run, **options)
 
 
 @main.command()

@@ -115,17 +115,23 @@ def _read_axis(checkpoint: Checkpoint, option: str, text: str) -> Axis:
         raise ValueError(
             f"{option} {text}: {key} does not change a sample: give another key, such as guidance or steps"
         )
-    if len(node.value) > MAX_VALUES:
-        raise ValueError(f"{option}: {len(node.value):,} values: give at most {MAX_VALUES}")
-    if key == "class":
-        names, counts = checkpoint.state.classes, checkpoint.state.class_counts
-        wanted = tuple(str(each.value) for each in node.value)
-        every = wanted == ("all",) and "all" not in names
-        kinds = choose_classes(() if every else wanted, names, counts, option)[:MAX_VALUES]
-        return Axis(key, [str(kind) for kind in kinds], [names[kind] for kind in kinds])
     texts = [values[each.start_mark.index : each.end_mark.index] for each in node.value]
-    words = [each.tag.endswith(":str") and text[:1].isalpha() for each, text in zip(node.value, texts, strict=True)]
-    return Axis(key, texts, [text if word else f"{key} {text}" for text, word in zip(texts, words, strict=True)])
+    if key == "class":
+        axis = _class_axis(checkpoint, option, tuple(str(each.value) for each in node.value))
+    else:
+        words = [each.tag.endswith(":str") and text[:1].isalpha() for each, text in zip(node.value, texts, strict=True)]
+        captions = [text if word else f"{key} {text}" for text, word in zip(texts, words, strict=True)]
+        axis = Axis(key, texts, captions)
+    if len(axis.values) > MAX_VALUES:
+        raise ValueError(f"{option}: {len(axis.values):,} values: give at most {MAX_VALUES}")
+    return axis
+
+
+def _class_axis(checkpoint: Checkpoint, option: str, wanted: tuple[str, ...]) -> Axis:
+    names, counts = checkpoint.state.classes, checkpoint.state.class_counts
+    every = wanted == ("all",) and "all" not in names
+    kinds = choose_classes(() if every else wanted, names, counts, option)
+    return Axis("class", [str(kind) for kind in kinds], [names[kind] for kind in kinds])
 
 
 def make_cells(config: Config, checkpoint: Checkpoint, axes: tuple[Axis, Axis], label: int) -> list[Cell]:

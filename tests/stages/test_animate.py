@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.animate import add_classes_between
+from tests.helpers.checkpoints import scrambled_run
 from tests.helpers.models import CLASSES, normals, scrambled
 from tests.helpers.world import CLASSES as NAMES
 from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, succeed
@@ -24,9 +25,7 @@ TILE = SCALE * IMAGE_SIZE
 
 @pytest.fixture
 def run(world: World, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(world.run, tmp_path / "run"))
-    shutil.rmtree(folder / "samples")
-    return folder
+    return scrambled_run(world.run, tmp_path / "run")
 
 
 def animated(run: Path) -> Path:
@@ -83,9 +82,11 @@ def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them(world: W
     assert np.array_equal(frames_of(animated(run), 2), every[[0, 4, 8]])
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "euler_ancestral"])
-def test_between_two_seeds_the_ends_are_their_samples(world: World, run: Path, scheduler: str) -> None:
-    given = (f"sample.scheduler={scheduler}", "sample.batch_size=3")
+@pytest.mark.parametrize(
+    "settings", [("scheduler=euler",), ("scheduler=euler_ancestral",), ("start=0.9", "start_from")]
+)
+def test_between_two_seeds_the_ends_are_their_samples(world: World, run: Path, settings: tuple[str, ...]) -> None:
+    given = ("sample.batch_size=3", *(f"sample.{each}".replace("_from", f"_from={world.cache}") for each in settings))
     succeed("animate", world.config, run, *given, more=("--between-seeds", "3", "8", "--frames", "5"))
     frames = frames_of(animated(run), 2)
     assert len(frames) == 5
@@ -177,7 +178,7 @@ def test_an_animation_that_is_not_complete_does_not_replace_the_last_one(
         (("--between-classes", "cat", "0"), "--between-classes: both are 'cat': give two different classes"),
         (("--between-classes", "0", "1", "--between-seeds", "0", "1"), "--between-classes: give one of them"),
         (("--to", "film.mp4"), "--to = film.mp4: give a name that ends in .webp or .gif"),
-        (("--set", "sample.scheduler=ddim"), "sample.scheduler: ddim cannot sample a model trained on the flow schedule"),
+        (("--set", "sample.scheduler=ddim"), "sample.scheduler: ddim cannot sample a model trained on the flow"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_draws_nothing(world: World, run: Path, options: tuple[str, ...], said: str) -> None:

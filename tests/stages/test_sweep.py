@@ -16,6 +16,7 @@ from pipeline.config_file import load_config
 from stages import sample as sample_stage
 from stages.sample import require_checkpoint
 from stages.sweep import draw_cells, make_cells, read_axes
+from tests.helpers.checkpoints import scrambled_run
 from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, succeed, train_on
 
 TILE = -(-96 // IMAGE_SIZE) * IMAGE_SIZE
@@ -23,9 +24,7 @@ TILE = -(-96 // IMAGE_SIZE) * IMAGE_SIZE
 
 @pytest.fixture
 def run(world: World, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(world.run, tmp_path / "run"))
-    shutil.rmtree(folder / "samples")
-    return folder
+    return scrambled_run(world.run, tmp_path / "run")
 
 
 def first_samples(world: World, run: Path, *overrides: str) -> NDArray[np.int16]:
@@ -62,7 +61,7 @@ def test_a_cell_is_the_first_sample_of_these_settings(
         settings = [f"sample.{key}={value}" for key, value in given.items()]
         (image,) = first_samples(world, run, *overrides, *settings)
         assert np.abs(cell - image).max() <= 1, settings
-    assert len({cell.tobytes() for cell in cells}) > len(cells) / 2
+    assert len({cell.tobytes() for cell in cells}) >= len(cells) / 2
 
 
 def test_images_to_start_from_are_those_of_sample(world: World, run: Path) -> None:
@@ -184,9 +183,9 @@ def test_a_picture_that_is_not_complete_does_not_replace_the_last_one(
         (("--columns", "steps=2,many"), "guidance=1 steps=many: sample.steps = 'many': Input should be"),
         (("--rows", "class=cat,cow"), "--rows: no class 'cow': choose from 'cat', "),
         (("--columns", "class=7"), "--columns: no class '7': choose from 'cat', "),
-        (("--rows", "scheduler=euler,ddim"), "sample.scheduler: ddim cannot sample a model trained on the flow schedule"),
-        (("--rows", "scheduler=heun", "--columns", "eta=0,1"), "scheduler=heun eta=1: sample: eta = 1 is only for ddim and euler"),
-        (("--rows", "guidance=1", "--columns", "sample.guidance=2"), "guidance is also the key of the rows: give another one"),
+        (("--rows", "scheduler=euler,ddim"), "sample.scheduler: ddim cannot sample a model trained on the flow"),
+        (("--rows", "scheduler=heun", "--columns", "eta=0,1"), "scheduler=heun eta=1: sample: eta = 1 is only"),
+        (("--rows", "guidance=1", "--columns", "sample.guidance=2"), "guidance is also the key of the rows"),
         (("--rows", "guidance"), "--rows guidance: give KEY=V1,V2,..., such as guidance=1,2,3"),
         (("--rows", "guidance="), "--rows guidance=: give KEY=V1,V2,..., such as guidance=1,2,3"),
         (("--rows", "=1,2"), "--rows =1,2: give KEY=V1,V2,..., such as guidance=1,2,3"),
