@@ -22,7 +22,7 @@ from pipeline.pictures import captioned, grid, save_animation, save_png
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
-from stages.sample import Drawing, choose_classes, require_checkpoint, resolve_sample_settings, summary
+from stages.sample import SPEED_ONLY, Drawing, choose_classes, require_checkpoint, resolve_sample_settings, summary
 
 SUFFIXES = (".webp", ".gif")
 SMALLEST = 96  # pixels of an image in a frame
@@ -62,7 +62,8 @@ def animate(
     config, chosen = resolve_sample_settings(config, checkpoint)
     ends = _check_ends(config.sample, checkpoint, between_seeds, between_classes)
     kind = "seeds" if between_seeds else "classes" if between_classes else "denoising"
-    described = [checkpoint.ema_sha256, kind, f"{ends} {frames} {chosen}", config.sample.model_dump_json()]
+    settings = config.sample.model_dump_json(exclude={"per_class", *SPEED_ONLY})
+    described = [checkpoint.ema_sha256, f"{kind} {ends} {frames} {chosen}", settings]
     path = to or run / "animations" / f"{checkpoint.images_seen}-{kind}-{digest(described)[:8]}.webp"
     if path.exists() and not to:
         print(f"animate: all done: {path}")

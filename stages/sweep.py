@@ -61,7 +61,9 @@ def sweep(config: Config, run: Path, rows: str | None, columns: str | None, to: 
     config, chosen = resolve_sample_settings(config, checkpoint)
     axes = read_axes(checkpoint, rows, columns)
     cells = make_cells(config, checkpoint, axes, chosen[0])
-    described = [checkpoint.ema_sha256, *(f"{cell.label} {cell.scale} {cell.settings!r}" for cell in cells)]
+    described = [checkpoint.ema_sha256]
+    for cell in cells:
+        described.append(f"{cell.label} {cell.scale} {cell.settings.model_dump_json(exclude=_WITHOUT_EFFECT)}")
     name = f"{checkpoint.images_seen}-{axes[0].key}-{axes[1].key}-{digest(described)[:8]}.png"
     path = to or run / "sweeps" / name
     if path.exists() and not to:

@@ -146,7 +146,8 @@ def test_a_finished_animation_stays_and_another_one_lies_beside_it(world: World,
     succeed("animate", world.config, run, more=options)
     path = animated(run)
     before = path.stat().st_mtime_ns
-    assert succeed("animate", world.config, run, more=options) == f"animate: all done: {path}\n"
+    for given in ((), ("sample.batch_size=3", "sample.per_class=2")):
+        assert succeed("animate", world.config, run, *given, more=options) == f"animate: all done: {path}\n"
     assert path.stat().st_mtime_ns == before
     succeed("animate", world.config, run, more=("--between-seeds", "0", "2", "--frames", "3"))
     succeed("animate", world.config, run, "sample.guidance=1", more=options)

@@ -148,7 +148,8 @@ def test_a_finished_picture_stays_and_other_settings_have_another(world: World, 
     succeed("sweep", world.config, run, more=options)
     (path,) = (run / "sweeps").iterdir()
     before = path.stat().st_mtime_ns
-    assert succeed("sweep", world.config, run, more=options) == f"sweep: all done: {path}\n"
+    for given in ((), ("sample.batch_size=3", "sample.per_class=2")):
+        assert succeed("sweep", world.config, run, *given, more=options) == f"sweep: all done: {path}\n"
     assert path.stat().st_mtime_ns == before
     for overrides, more in ((("sample.seed=1",), options), ((), ("--columns", "steps=1,3"))):
         succeed("sweep", world.config, run, *overrides, more=more)
