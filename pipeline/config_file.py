@@ -99,6 +99,14 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     return check_config(values, str(file))
 
 
+def override_config(config: Config, overrides: Iterable[str], where: str) -> Config:
+    """Return `config` with `key=value` overrides; ValueError as of `check_config`."""
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _override(values, override)
+    return check_config(values, where)
+
+
 def check_config(values: Mapping[str, Any], where: str) -> Config:
     """Check the sections and return their Config; ValueError names the first error, its field, and `where` it is."""
     try:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unicodedata import category, normalize
 
 import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _GAP = 2
 _MIN_TILE = 64  # smaller images are enlarged by an integer factor
 _MARGIN = 240  # width for class names, in pixels; longer names are cut off
+_LINE = 22  # height of a line of text of 13 pixels
+_MAX_TITLE = 1000  # width in pixels
 _NO_CHARACTER = "\U0010ffff"  # fonts draw their missing-glyph symbol for it
 _Run = tuple[ImageFont.FreeTypeFont, str]  # part of a line, in one font
 
@@ -32,35 +34,68 @@ def contact_sheet(
     images: NDArray[np.uint8], labels: Sequence[int], names: Sequence[str] | Mapping[int, str]
 ) -> Image.Image:
     """Draw one row per class, with its name on the left; `images` are `N H W 3`, `labels` index `names`."""
-    tile = _tile(images.shape[1])
     shown = sorted(set(labels))
-    rows = [[i for i, label in enumerate(labels) if label == kind] for kind in shown]
-    captions = draw_texts([names[kind] for kind in shown], size=13, width=_MARGIN)
-    margin = 12 + max(caption.width for caption in captions)
-    width = margin + max(map(len, rows)) * (tile + _GAP)
-    sheet = Image.new("RGB", (width, len(rows) * (tile + _GAP) + _GAP), "white")
-    for y, (caption, row) in enumerate(zip(captions, rows, strict=True)):
-        top = _GAP + y * (tile + _GAP)
-        sheet.paste(caption, (margin - 6 - caption.width, top + (tile - caption.height) // 2))
-        for x, index in enumerate(row):
-            image = Image.fromarray(images[index]).resize((tile, tile), Image.Resampling.NEAREST)
-            sheet.paste(image, (margin + x * (tile + _GAP), top))
-    return sheet
+    rows = [[Image.fromarray(images[i]) for i, label in enumerate(labels) if label == kind] for kind in shown]
+    return grid(rows, [names[kind] for kind in shown])
 
 
 def strip(rows: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Draw rows of square images, each row with a caption on the left."""
     size = rows[0].height
-    tile, written = _tile(size), draw_texts(captions, size=13, width=_MARGIN)
-    margin = 12 + max(caption.width for caption in written)
-    columns = max(row.width // row.height for row in rows)
-    image = Image.new("RGB", (margin + columns * (tile + _GAP), len(rows) * (tile + _GAP) + _GAP), "white")
-    for y, (row, caption) in enumerate(zip(rows, written, strict=True)):
-        top = _GAP + y * (tile + _GAP)
-        image.paste(caption, (margin - 6 - caption.width, top + (tile - caption.height) // 2))
-        for x in range(row.width // row.height):
-            each = row.crop((x * row.height, 0, (x + 1) * row.height, row.height))
-            image.paste(each.resize((tile, tile), Image.Resampling.NEAREST), (margin + x * (tile + _GAP), top))
+    return grid([[row.crop((x, 0, x + size, size)) for x in range(0, row.width, size)] for row in rows], captions)
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    above: Sequence[str] = (),
+    *,
+    title: str = "",
+    smallest: int = _MIN_TILE,
+) -> Image.Image:
+    """Draw rows of square images of one size, with the captions of rows on the left and those of columns `above`.
+
+    Images are enlarged by an integer factor to at least `smallest` pixels.
+    """
+    tile = _tile(rows[0][0].height, smallest)
+    left, top = (draw_texts(texts, size=13, width=_MARGIN) for texts in (captions, above))
+    heading = draw_texts([title] if title else [], size=13, width=_MAX_TITLE)
+    margin = 12 + max(caption.width for caption in left)
+    column = max([tile, *(caption.width + 4 * _GAP for caption in top)]) + _GAP
+    width = max([margin + max(map(len, rows)) * column, *(line.width + 12 for line in heading)])
+    first = _GAP + (len(heading) + bool(top)) * _LINE
+    image = Image.new("RGB", (width, first + len(rows) * (tile + _GAP)), "white")
+    for line in heading:
+        image.paste(line, (6, _GAP))
+    for x, caption in enumerate(top):
+        image.paste(caption, (margin + x * column + (column - _GAP - caption.width) // 2, first - _LINE))
+    for y, (caption, row) in enumerate(zip(left, rows, strict=True)):
+        start = first + y * (tile + _GAP)
+        image.paste(caption, (margin - 6 - caption.width, start + (tile - caption.height) // 2))
+        for x, each in enumerate(row):
+            enlarged = each.resize((tile, tile), Image.Resampling.NEAREST)
+            image.paste(enlarged, (margin + x * column + (column - _GAP - tile) // 2, start))
+    return image
+
+
+def captioned(
+    images: NDArray[np.uint8], names: Sequence[str], title: str, *, columns: int = 5, smallest: int = _MIN_TILE
+) -> Image.Image:
+    """Draw images `N H W 3` in lines of `columns`, each with its name below if there are names, and a title above.
+
+    The size of the picture depends only on the number and the size of the images. Images are enlarged by an integer
+    factor to at least `smallest` pixels.
+    """
+    tile = _tile(images.shape[1], smallest)
+    columns = min(columns, len(images))
+    width, height = columns * (tile + _GAP) + _GAP, tile + (_LINE if any(names) else _GAP)
+    image = Image.new("RGB", (width, _LINE + math.ceil(len(images) / columns) * height), "white")
+    image.paste(draw_texts([title], size=13, width=width - 2 * _GAP)[0], (_GAP, 0))
+    for number, name in enumerate(draw_texts(names, size=13, width=tile)):
+        x, y = _GAP + number % columns * (tile + _GAP), _LINE + number // columns * height
+        enlarged = Image.fromarray(images[number]).resize((tile, tile), Image.Resampling.NEAREST)
+        image.paste(enlarged, (x, y))
+        image.paste(name, (x + (tile - name.width) // 2, y + tile))
     return image
 
 
@@ -68,8 +103,7 @@ def pairs_sheet(
     above: NDArray[np.uint8], below: NDArray[np.uint8], names: Sequence[str], figures: Sequence[str]
 ) -> Image.Image:
     """Draw pairs of images, eight per line: one above the other, with a name and a number below; both are `N H W 3`."""
-    scale = max(1, -(-2 * _MIN_TILE // above.shape[1]))
-    tile = above.shape[1] * scale
+    tile = _tile(above.shape[1], 2 * _MIN_TILE)
     width, height = tile + 3 * _GAP, 2 * tile + 24
     columns = min(8, len(above))
     sheet = Image.new("RGB", (columns * width, -(-len(above) // columns) * height), "white")
@@ -205,15 +239,33 @@ def _report_missing(characters: tuple[str, ...]) -> None:
     print(f"no font was found for {', '.join(codes[:5])}{more}: pictures show these codes instead", flush=True)
 
 
-def _tile(size: int) -> int:
-    """Return the width at which an image of `size` is drawn."""
-    return size * max(1, -(-_MIN_TILE // size))
+def _tile(size: int, smallest: int = _MIN_TILE) -> int:
+    """Return the width, at least `smallest`, at which an image of `size` is drawn."""
+    return size * max(1, -(-smallest // size))
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
     """Write a matplotlib figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
+    publish(path, buffer.getvalue())
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, *, fps: int = 10, hold: float = 1.5) -> None:
+    """Write frames of one size as an endless animation, atomically, as the suffix of `path` says: .webp or .gif.
+
+    Each frame is shown for 1 / `fps` seconds, the first and the last one for `hold` seconds. WebP keeps every pixel;
+    GIF has 256 colours for each frame.
+    """
+    times = [1000 // fps] * len(frames)
+    times[0] = times[-1] = round(1000 * hold)
+    options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    if path.suffix == ".webp":
+        options |= {"format": "WEBP", "lossless": True}
+    else:
+        options |= {"format": "GIF"}
+    buffer = io.BytesIO()
+    frames[0].save(buffer, **options)
     publish(path, buffer.getvalue())
 
 

@@ -39,16 +39,18 @@ def sampling_loop(
     device: torch.device,
     eta: float = 0.0,
     start: Tensor | None = None,
+    mix: Callable[[Tensor], Tensor] = lambda noise: noise,
     on_clean: Callable[[Tensor], None] = lambda clean: None,
 ) -> Tensor:
     """Sample from `levels` down to no noise: return normalised latents `B C h w`, one for each of `generators`.
 
-    `start` are clean latents `B C h w` that begin, with noise added, instead of pure noise. `on_clean` gets every
-    estimate of x_0 by the model.
+    `start` are clean latents `B C h w` that begin, with noise added, instead of pure noise. `mix` gets all noise, at
+    the beginning and in steps that replace noise, `C h w` for each generator, and returns that of the samples, of which
+    there may then be more or fewer. `on_clean` gets every estimate of x_0 by the model.
     """
 
     def draw() -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = mix(torch.stack([torch.randn(shape, generator=generator) for generator in generators]))
         return noise.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
     timesteps = torch.tensor([level.timestep for level in levels], device=device)  # one copy: each copy blocks
@@ -80,19 +82,24 @@ def draw_samples(
     *,
     indices: Sequence[int],
     device: torch.device,
+    seeds: Sequence[int] | None = None,
     scales: Sequence[float] | None = None,
     guide: LatentUNet | None = None,
     start: Tensor | None = None,
+    mix: Callable[[Tensor], Tensor] = lambda noise: noise,
     on_clean: Callable[[Tensor], None] = lambda clean: None,
 ) -> Tensor:
     """Draw normalised latents `B C h w` of the classes `labels` (int64 `B`), as `settings` say.
 
-    Each sample depends only on its class, `settings.seed` and its number in `indices`, not on the rest of the batch.
-    `scales` has a guidance scale for each of them, by default `settings.guidance`; `guide` is a weaker model that
-    replaces the null class in guidance; `start` are clean latents `B C h w` to begin with at the time `settings.start`.
+    Each sample depends only on its class, its seed and its number in `indices`, not on the rest of the batch. `seeds`
+    and `scales` have a seed and a guidance scale for each of them, by default those of `settings`; `guide` is a weaker
+    model that replaces the null class in guidance; `start` are clean latents `B C h w` to begin with at the time
+    `settings.start`. With `mix`, `indices` and `seeds` are of the noise that it gets, see `sampling_loop`.
     """
     settings.check(noise.schedule)
     size = model.config["sample_size"]
+    seeds = [settings.seed] * len(indices) if seeds is None else seeds
+    generators = [image_generators(seed, [index])[0] for seed, index in zip(seeds, indices, strict=True)]
     guided = GuidedModel(
         model,
         noise,
@@ -112,9 +119,10 @@ def draw_samples(
         noise.levels(settings.steps, start=settings.start, shift=settings.shift),
         settings.scheduler,
         shape=(model.config["in_channels"], size, size),
-        generators=image_generators(settings.seed, indices),
+        generators=generators,
         device=device,
         eta=settings.eta,
         start=start,
+        mix=mix,
         on_clean=on_clean,
     )

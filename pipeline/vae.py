@@ -11,7 +11,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.cache.manifest import VaeIdentity
@@ -126,6 +128,10 @@ class FrozenVae:
         with self._autocast():
             decoded = self.model.decode(latents.to(self.device).contiguous(memory_format=self._layout))
         return decoded.sample.float()
+
+    def decode_images(self, latents: Tensor, batch_size: int = 16) -> NDArray[np.uint8]:
+        """Decode latents `N C h w`, `batch_size` at a time, to images, uint8 `N H W 3`."""
+        return torch.cat([to_images(self.decode(each)) for each in latents.split(batch_size)]).cpu().numpy()
 
     def identity(self) -> VaeIdentity:
         """Return what a cache records about this VAE; the hash covers every weight's name, type, shape and value."""

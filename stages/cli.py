@@ -205,6 +205,45 @@ def decode(config: Config, run: Path, cache: Path | None, npz: bool) -> None:
 
 
 @main.command()
+@click.option("--rows", metavar="KEY=V1,V2,...", help="Values of a key of sample  [default: guidance=1,2,3,4]")
+@click.option("--columns", metavar="KEY=V1,V2,...", help="Values of another key  [default: steps=5,10,20,50]")
+@click.option("--to", type=LocalPath(), help="PNG file to write  [default: one in runs/NAME/sweeps]")
+@_stage
+def sweep(config: Config, run: Path, rows: str | None, columns: str | None, to: Path | None) -> None:
+    """Draw a picture that compares two settings of sample, one in rows and one in columns.
+
+    All samples begin with the same noise. KEY is guidance, steps, class, seed, scheduler, guidance_form, ...: any key
+    of the section sample; class=all stands for all classes.
+    """
+    from stages.sweep import sweep
+
+    sweep(config, run, rows, columns, to)
+
+
+@main.command()
+@click.option(
+    "--between-seeds",
+    nargs=2,
+    type=click.IntRange(min=0),
+    metavar="SEED SEED",
+    help="Go from the noise of one seed to that of another.",
+)
+@click.option("--between-classes", nargs=2, metavar="CLASS CLASS", help="Go from one class to another.")
+@click.option("--frames", type=click.IntRange(min=2), default=25, show_default=True, help="Number of frames, at most.")
+@click.option("--to", type=LocalPath(), help="File to write, .webp or .gif  [default: one in runs/NAME/animations]")
+@_stage
+def animate(config: Config, run: Path, **options: Any) -> None:
+    """Draw an animation of how noise becomes images.
+
+    Each frame shows the images that the model expects at a step, one of each class. Between two seeds or classes, all
+    frames show samples. A PNG file beside the animation shows some of its frames side by side.
+    """
+    from stages.animate import animate
+
+    animate(config, run, **options)
+
+
+@main.command()
 @click.option("--images", help="Measure these images instead: a folder, an archive or an .npz.")
 @click.option(
     "--protocol",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from data.sources.generated import SAMPLES
 from data.storage import probe, publish_checked
 from data.text import brief, digest
 from pipeline.compatibility import usable_guidance
-from pipeline.config import Config
+from pipeline.config import Config, Sample
 from pipeline.device import halving, in_threads, pick_device, process_count, sampling_dtype
 from pipeline.guidance import CPU_ROWS
 from pipeline.sampling import draw_samples
@@ -103,12 +103,14 @@ def require_checkpoint(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequence[int]) -> list[int]:
+def choose_classes(
+    wanted: tuple[str, ...], names: Sequence[str], counts: Sequence[int], field: str = "sample.classes"
+) -> list[int]:
     """Return the indices of the classes `wanted`, each given as its name, its index or `index:2`; none means all with
     images.
 
-    A name takes precedence over an index, with a message. `counts` are the training images of each class. ValueError
-    for a class that does not exist or was never trained.
+    A name takes precedence over an index, with a message. `counts` are the training images of each class. ValueError,
+    with the name of the `field`, for a class that does not exist or was never trained.
     """
     if not wanted:
         empty = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -116,10 +118,10 @@ def choose_classes(wanted: tuple[str, ...], names: Sequence[str], counts: Sequen
             few = f"{len(empty):,} of {len(names):,}"
             print(f"sample: {few} classes have no images and are left out, the first of them {empty[0]!r}")
         return [kind for kind, count in enumerate(counts) if count]
-    chosen = list(dict.fromkeys(_find_class(each, names, "sample.classes") for each in wanted))
+    chosen = list(dict.fromkeys(_find_class(each, names, field) for each in wanted))
     for kind in chosen:
         if not counts[kind]:
-            raise ValueError(f"sample.classes: {names[kind]!r} had no images in training, so it cannot be drawn")
+            raise ValueError(f"{field}: {names[kind]!r} had no images in training, so it cannot be drawn")
     return chosen
 
 
@@ -154,9 +156,17 @@ def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
     return run / "samples" / tag
 
 
+def summary(settings: Sample, *, without: Set[str] = frozenset()) -> list[str]:
+    """Return texts such as `guidance 3` for a picture: of the main settings and those that are not the default."""
+    others = settings.model_dump(mode="json", exclude_defaults=True, exclude={"per_class", "classes", *NOT_DRAWN})
+    main = {name: getattr(settings, name) for name in ("scheduler", "steps", "guidance", "seed")}
+    told = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in (main | others).items()}
+    return [text if name == "scheduler" else f"{name} {text}" for name, text in told.items() if name not in without]
+
+
 def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, labels: NDArray[np.int64]) -> None:
     """Draw the samples of this job that are missing, batch by batch, and write each shard when it is complete."""
-    draw = _Drawing(config, checkpoint, labels)
+    draw = Drawing(config.sample, checkpoint, labels)
     pending = writer.pending()
     rows = np.array([row for shard in pending for row in writer.plan.rows_of(shard)], dtype=np.int64)
     started, drawn = time.monotonic(), torch.empty(0)
@@ -172,20 +182,23 @@ def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, l
     print(f"sample: {len(rows):,} images in {writer.path}, {rate:.1f} images/s")
 
 
-class _Drawing:
-    """Draws samples by their index, on the scale of the VAE's decoder."""
+class Drawing:
+    """Draws samples of a checkpoint, on the scale of the VAE's decoder."""
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, labels: NDArray[np.int64]) -> None:
-        self._settings, self._checkpoint, self._labels = config.sample, checkpoint, labels
-        self._device = pick_device()
-        self._model = self._prepared(checkpoint)
-        self._guide = self._prepared(_open_guide(config.sample.guide, checkpoint)) if config.sample.guide else None
-        self._images = _Images(config.sample.start_from, checkpoint, labels) if config.sample.start_from else None
-        by_class = config.sample.guidance_by_class
-        self._scales = [by_class.get(name, config.sample.guidance) for name in checkpoint.state.classes]
+    def __init__(
+        self, settings: Sample, checkpoint: Checkpoint, labels: NDArray[np.int64], *, model: Any = None
+    ) -> None:
+        """Take the classes of all samples, `labels`; `model` is that of another `Drawing`, which need not be loaded."""
+        self._settings, self._checkpoint, self._labels = settings, checkpoint, labels
+        self.device = pick_device()
+        self.model = model or self._prepared(checkpoint)
+        self.guide = self._prepared(_open_guide(settings.guide, checkpoint)) if settings.guide else None
+        self._images = _Images(settings.start_from, checkpoint, labels) if settings.start_from else None
+        by_class = settings.guidance_by_class
+        self._scales = [by_class.get(name, settings.guidance) for name in checkpoint.state.classes]
 
     def _prepared(self, checkpoint: Checkpoint) -> Any:
-        model = checkpoint.ema_model().to(self._device)
+        model = checkpoint.ema_model().to(self.device)
         return torch.compile(model) if self._settings.compile else model
 
     def batches(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
@@ -193,25 +206,38 @@ class _Drawing:
 
         A CPU draws small batches, one on each core; a GPU `sample.batch_size` at a time, halved where memory runs out.
         """
-        if self._device.type != "cpu":
-            yield from halving(self._draw, rows, self._settings.batch_size, "sample")
+        if self.device.type != "cpu":
+            yield from halving(self, rows, self._settings.batch_size, "sample")
             return
         size = min(self._settings.batch_size, CPU_ROWS)
-        yield from in_threads(self._draw, np.split(rows, range(size, len(rows), size)), process_count("auto"))
+        yield from in_threads(self, np.split(rows, range(size, len(rows), size)), process_count("auto"))
 
-    def _draw(self, batch: NDArray[np.int64]) -> Tensor:
+    def __call__(
+        self,
+        batch: NDArray[np.int64],
+        *,
+        indices: Sequence[int] | None = None,
+        scales: Sequence[float] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw the samples `batch`, which index the classes: latents `B C h w`.
+
+        The options are those of `draw_samples`; by default the index of a sample in its seed is that in `batch`, and
+        the guidance scale that of its class.
+        """
         normalization, labels = self._checkpoint.normalization, self._labels[batch]
-        start = normalization.normalize(self._images.load(batch).to(self._device)) if self._images else None
+        start = normalization.normalize(self._images.load(batch).to(self.device)) if self._images else None
         latents = draw_samples(
-            self._model,
+            self.model,
             self._checkpoint.state.noise,
             self._settings,
             torch.from_numpy(labels),
-            indices=batch.tolist(),
-            device=self._device,
-            scales=[self._scales[label] for label in labels],
-            guide=self._guide,
+            indices=batch.tolist() if indices is None else indices,
+            device=self.device,
+            scales=[self._scales[label] for label in labels] if scales is None else scales,
+            guide=self.guide,
             start=start,
+            **options,
         )
         return normalization.denormalize(latents).cpu()
 

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from pipeline.ema import Average
 from pipeline.loss import Objective
 from pipeline.optim import make_optimizers
+from pipeline.training.checkpoint import AVERAGES, CHECKPOINTS, newest_checkpoint, save_averages
 from pipeline.unet import LatentUNet
-from tests.helpers.models import FLOW, draws, normals, scrambled
+from tests.helpers.models import FLOW, draws, normals, scramble, scrambled
 
 
 class Parts(NamedTuple):
@@ -51,6 +52,18 @@ def trained(steps: int = 2, kind: str = "muon", deal: Callable[[Objective], obje
         for average in made.averages.values():
             average.update(images_seen=3 * (step + 1), batch_size=3)
     return made
+
+
+def scrambled_run(run: Path, folder: Path) -> Path:
+    """A run in `folder` with the newest state of `run` and random weights, which do not ignore any of their input."""
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint
+    model = checkpoint.ema_model()
+    scramble(model)
+    average = Average(model, lambda seen, batch: 0.5)
+    save_averages(folder, model=model, averages={"ema": average}, state=checkpoint.state)
+    (folder / AVERAGES).rename(folder / CHECKPOINTS)
+    return folder
 
 
 def flip_a_byte(folder: Path) -> None:
