@@ -80,7 +80,7 @@ def test_the_form_of_guidance_is_that_of_the_config(world: World, form: str) -> 
     config, (checkpoint, _) = load_config(world.config), newest_checkpoint(world.run)
     assert checkpoint
     guidance = {"guidance_form": form, "guidance_schedule": "linear", "guidance_interval": (0.1, 5.0)}
-    settings = config.sample.changed(**guidance, guidance=3.0, steps=4)
+    settings = config.sample.changed(**guidance, scheduler="euler", guidance=3.0, steps=4)
     labels = torch.tensor([0, 1])
     expected = checkpoint.normalization.denormalize(
         draw_samples(checkpoint.ema_model(), checkpoint.state.noise, settings, labels, indices=range(2), device=CPU)

@@ -42,7 +42,7 @@ def first_samples(world: World, run: Path, *overrides: str) -> NDArray[np.int16]
         ("class=all", "seed=0,5", ()),
         ("scheduler=heun,euler_ancestral", "classes=1,cat", ()),
         ("guidance_form=cfg,apg,cfg_zero", "guidance=0,2", ()),
-        ("guidance_interval=null,[0.2,3]", "eta=0,1", ()),
+        ("guidance_interval=null,[0.2,3]", "eta=0,1", ("sample.scheduler=euler",)),
         ("class=all", "shift=1,3", ("sample.guidance_by_class={cat: 4}",)),
     ],
 )
