@@ -210,7 +210,8 @@ class Drawing:
             yield from halving(self, rows, self._settings.batch_size, "sample")
             return
         size = min(self._settings.batch_size, CPU_ROWS)
-        yield from in_threads(self, np.split(rows, range(size, len(rows), size)), process_count("auto"))
+        batches = (rows[start : start + size] for start in range(0, len(rows), size))
+        yield from in_threads(self, batches, process_count("auto"))
 
     def __call__(
         self,

@@ -206,8 +206,10 @@ def test_a_click_opens_the_image_with_its_settings_and_the_command(browser: Brow
     assert command[:2] == ["latentmill", "sample"]
     assert {"sample.steps=2", "sample.seed=0", "sample.scheduler=unipc"} <= set(command)
     assert browser.run("document.querySelector('#picture').width") % IMAGE_SIZE == 0
+    watched = "new MutationObserver(() => done(button.textContent)).observe(button, {childList: true})"
+    browser.run(f"(window.copied = new Promise((done) => {{ const button = of('copy'); {watched}; }})) && 0")
     browser.click("#copy")
-    assert browser.run("document.querySelector('#copy').textContent") == "Copied"
+    assert browser.run("window.copied") == "Copied"
     browser.click("#close")
     assert not browser.run("dialog.open")
     assert browser.errors == []

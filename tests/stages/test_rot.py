@@ -42,7 +42,6 @@ def _quick(world: World) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(pipeline.planning, "SHARD_ROWS", 16)
-        patch.setattr(stages.sample, "SHARD_ROWS", 16)
         vae = functools.cache(stages.encode.FrozenVae)
         for module in (stages.encode, stages.info, stages.decode):
             patch.setattr(module, "FrozenVae", vae)
