@@ -24,7 +24,8 @@ from data.cache.reader import FAILURES, LatentCache
 from data.locks import claim
 from data.sources.generated import SAMPLES, write_npz
 from data.storage import parse_json, publish, read, staged_folder, strip_checksum, writing
-from pipeline.config import Config
+from pipeline.config import Config, Sample
+from pipeline.config_file import load_config
 from pipeline.datasets import DecodedLatents
 from pipeline.device import pick_device, process_count
 from pipeline.pictures import contact_sheet, save_png
@@ -202,19 +203,25 @@ def _recorded(folder: Path) -> dict[str, Any]:
 def _drawn(record: dict[str, Any], format_: str) -> dict[str, Any]:
     """Return what the page says about samples: their settings, and the command that draws them again.
 
-    The command reads the config in the run's folder and repeats all settings, because that config may have others.
+    The command reads the config in the run's folder, and names the settings that are not those of this config. The
+    page shows the main settings and those that are not the default.
     """
     settings: dict[str, Any] = record["sample"]
     run, seen = Path(record["checkpoint"]).parents[1], f"{record['images_seen']:,}"
-    words = ["latentmill", "sample", "--config", str(run / CONFIG), "--run", str(run)]
-    all_settings = {"precision": "auto"} | settings | {"image_format": format_}  # auto is not recorded
-    for name, value in all_settings.items():
-        words += ["--set", f"sample.{name}={_text(value)}"]
+    file = run / CONFIG
+    words = ["latentmill", "sample", "--config", str(file), "--run", str(run)]
+    drawn = {"precision": "auto"} | settings | {"image_format": format_}  # auto is not recorded
+    configured = {"precision": "auto"} | load_config(file).sample.model_dump(mode="json") if file.exists() else {}
+    for name, value in drawn.items():
+        if name not in configured or value != configured[name]:
+            words += ["--set", f"sample.{name}={_text(value)}"]
     left_out = {"classes", "per_class", "batch_size"}
     if any("seed" in image for image in record["images"]):  # each is shown with its own
         left_out.add("seed")
-    shown = {name: value for name, value in settings.items() if name not in left_out}
-    sampler, steps, guidance = shown.pop("scheduler"), shown["steps"], shown["guidance"]
+    usual = Sample().model_dump(mode="json", exclude={"steps", "guidance", "seed"})
+    shown = {name: value for name, value in settings.items() if name not in left_out and value != usual.get(name)}
+    sampler, steps, guidance = settings["scheduler"], shown["steps"], shown["guidance"]
+    shown.pop("scheduler", None)
     return {
         "summary": [
             f"{sampler}, {steps} steps",

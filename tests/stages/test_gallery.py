@@ -204,7 +204,7 @@ def test_a_click_opens_the_image_with_its_settings_and_the_command(browser: Brow
     assert browser.run("document.querySelector('#name').textContent") == CLASSES[1]
     command = shlex.split(browser.run("document.querySelector('#command').textContent"))
     assert command[:2] == ["latentmill", "sample"]
-    assert {"sample.steps=2", "sample.seed=0", "sample.scheduler=unipc"} <= set(command)
+    assert {"--config", "--run"} <= set(command)
     assert browser.run("document.querySelector('#picture').width") % IMAGE_SIZE == 0
     watched = "new MutationObserver(() => done(button.textContent)).observe(button, {childList: true})"
     browser.run(f"(window.copied = new Promise((done) => {{ const button = of('copy'); {watched}; }})) && 0")
