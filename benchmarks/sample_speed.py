@@ -38,7 +38,7 @@ BARE_BATCH = 64
 @click.option("--config", "file", type=LocalPath(), default=Path("configs/cifar10.yaml"), show_default=True)
 @click.option("--set", "overrides", multiple=True, help="Override a key of the config: key=value.")
 @click.option("--run", type=LocalPath(), required=True)
-@click.option("--images", default=256, show_default=True, help="A multiple of 64.")
+@click.option("--images", default=640, show_default=True, help="A multiple of 64 and of the number of classes.")
 @click.option("--rounds", default=5, show_default=True)
 def main(file: Path, overrides: tuple[str, ...], run: Path, images: int, rounds: int) -> None:
     config = load_config(file, overrides)

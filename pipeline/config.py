@@ -278,7 +278,7 @@ class Sample(Section):
     seed: Seed = 0
     """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
     batch_size: PositiveInt = 50
-    """Samples drawn at a time on a GPU, halved where memory runs out; a CPU draws at most 16 on each core."""
+    """Samples drawn at a time on a GPU, halved where memory runs out; a CPU draws at most 32 on each core."""
     compile: bool = False
     """Use torch.compile: faster steps after about a minute of compilation."""
     image_format: Literal["png", "webp", "jpeg"] = "png"
