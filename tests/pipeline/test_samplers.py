@@ -24,9 +24,10 @@ DISCRETE = [
     *TO_PURE_NOISE,
 ]
 FLOW = NoiseProcess("flow", "flow")
+SOME = [*DISCRETE[0:9:4], *TO_PURE_NOISE]  # each schedule and each prediction
 COMMON = ("euler", "euler_ancestral", "heun", "dpm++", "unipc")
 SAMPLERS = [
-    *itertools.product(["ddpm", "ddim", *COMMON], DISCRETE),
+    *itertools.product(["ddpm", "ddim", *COMMON], SOME),
     *itertools.product(COMMON, [FLOW, NoiseProcess("flow", "flow", shift=3.0)]),
 ]
 STOCHASTIC = ("ddpm", "euler_ancestral")
@@ -165,7 +166,7 @@ def test_for_discrete_schedules_euler_is_ddim_and_its_ancestral_form_ddpm(noise:
         assert torch.equal(sample(noise, name, denoise, 9, size=4, eta=eta), sample(noise, same, denoise, 9, size=4))
 
 
-@pytest.mark.parametrize("steps", [1, 10, 25, 50, 250, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 250])
 @pytest.mark.parametrize("noise", [*DISCRETE[:3], TO_PURE_NOISE[0]], ids=title)
 @pytest.mark.parametrize(
     ("name", "theirs"),
