@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -105,6 +107,14 @@ def succeed(stage: str, config: Path, run: Path, *overrides: str, more: tuple[st
     result = run_stage(stage, config, run, *overrides, more=more)
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def sampled(world: World, run: Path, *overrides: str) -> NDArray[np.int16]:
+    """The images that `latentmill sample` writes."""
+    shutil.rmtree(run / "samples", ignore_errors=True)
+    succeed("sample", world.config, run, *overrides)
+    files = sorted(run.glob("samples/*/images/*.png"))
+    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.int16)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

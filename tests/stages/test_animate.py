@@ -17,7 +17,7 @@ from stages.animate import add_classes_between
 from tests.helpers.checkpoints import scrambled_run
 from tests.helpers.models import CLASSES, normals, scrambled
 from tests.helpers.world import CLASSES as NAMES
-from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, succeed
+from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, sampled, succeed
 
 SCALE = -(-96 // IMAGE_SIZE)
 TILE = SCALE * IMAGE_SIZE
@@ -45,14 +45,6 @@ def frames_of(path: Path, count: int) -> NDArray[np.int16]:
     return np.stack(frames)
 
 
-def samples(world: World, run: Path, *overrides: str) -> NDArray[np.int16]:
-    """The images that `latentmill sample` writes."""
-    shutil.rmtree(run / "samples", ignore_errors=True)
-    succeed("sample", world.config, run, *overrides)
-    files = sorted(run.glob("samples/*/images/*.png"))
-    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.int16)
-
-
 @pytest.mark.parametrize(
     ("overrides", "evaluations"),
     [
@@ -69,7 +61,7 @@ def test_denoising_ends_in_the_samples(world: World, run: Path, overrides: tuple
     assert printed.splitlines()[-1].startswith(f"animate: {evaluations} frames in {path}, ")
     frames = frames_of(path, 2)
     assert len(frames) == evaluations
-    assert np.abs(frames[-1] - samples(world, run, *overrides, "sample.per_class=1")).max() <= 1
+    assert np.abs(frames[-1] - sampled(world, run, *overrides, "sample.per_class=1")).max() <= 1
     changes = [np.abs(frame - frames[-1]).mean() for frame in frames]
     assert changes[0] > changes[-2] > 0
 
@@ -91,7 +83,7 @@ def test_between_two_seeds_the_ends_are_their_samples(world: World, run: Path, s
     frames = frames_of(animated(run), 2)
     assert len(frames) == 5
     for frame, seed in ((0, 3), (-1, 8)):
-        expected = samples(world, run, *given, f"sample.seed={seed}", "sample.per_class=1")
+        expected = sampled(world, run, *given, f"sample.seed={seed}", "sample.per_class=1")
         assert np.abs(frames[frame] - expected).max() <= 1
     way = [np.abs(frame - frames[0]).mean() for frame in frames]
     assert way == sorted(way)
@@ -103,7 +95,7 @@ def test_between_two_classes_the_ends_are_their_samples(world: World, run: Path)
     frames = frames_of(animated(run), 5)
     assert len(frames) == 4
     for frame, kind in ((0, 0), (-1, 1)):
-        expected = samples(world, run, *given, f"sample.classes={kind}", "sample.per_class=5")
+        expected = sampled(world, run, *given, f"sample.classes={kind}", "sample.per_class=5")
         assert np.abs(frames[frame] - expected).max() <= 1
     assert np.abs(frames[0] - frames[1]).max() > 1
 

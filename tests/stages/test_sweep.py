@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config_file import load_config
@@ -17,7 +15,7 @@ from stages import sample as sample_stage
 from stages.sample import require_checkpoint
 from stages.sweep import draw_cells, make_cells, read_axes
 from tests.helpers.checkpoints import scrambled_run
-from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, succeed, train_on
+from tests.helpers.world import IMAGE_SIZE, World, refuse, run_stage, sampled, succeed, train_on
 
 TILE = -(-96 // IMAGE_SIZE) * IMAGE_SIZE
 
@@ -25,14 +23,6 @@ TILE = -(-96 // IMAGE_SIZE) * IMAGE_SIZE
 @pytest.fixture
 def run(world: World, tmp_path: Path) -> Path:
     return scrambled_run(world.run, tmp_path / "run")
-
-
-def first_samples(world: World, run: Path, *overrides: str) -> NDArray[np.int16]:
-    """The images that `latentmill sample` writes."""
-    shutil.rmtree(run / "samples", ignore_errors=True)
-    succeed("sample", world.config, run, *overrides)
-    files = sorted(run.glob("samples/*/images/*.png"))
-    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.int16)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +49,7 @@ def test_a_cell_is_the_first_sample_of_these_settings(
             {"class": "classes"}.get(axis.key, axis.key): value for axis, value in zip(axes, (row, column), strict=True)
         }
         settings = [f"sample.{key}={value}" for key, value in given.items()]
-        (image,) = first_samples(world, run, *overrides, *settings)
+        (image,) = sampled(world, run, *overrides, *settings)
         assert np.abs(cell - image).max() <= 1, settings
     assert len({cell.tobytes() for cell in cells}) >= len(cells) / 2
 
@@ -70,7 +60,7 @@ def test_images_to_start_from_are_those_of_sample(world: World, run: Path) -> No
     axes = read_axes(checkpoint, "class=all", "start=0.2,0.5")
     cells = draw_cells(config, checkpoint, make_cells(config, checkpoint, axes, 0)).astype(np.int16)
     for cell, kind in ((cells[1], 0), (cells[3], 1)):
-        (image,) = first_samples(world, run, *overrides, f"sample.classes={kind}", "sample.per_class=1")
+        (image,) = sampled(world, run, *overrides, f"sample.classes={kind}", "sample.per_class=1")
         assert np.abs(cell - image).max() <= 1
 
 
@@ -85,7 +75,7 @@ def test_the_picture_has_the_cells_in_their_places_and_enlarged(world: World, ru
             right = picture.shape[1] - 2 - (4 - column) * (TILE + 2)
             cell = picture[bottom - TILE : bottom, right - TILE : right]
             given = (f"sample.classes={row}", f"sample.steps={steps}", "sample.per_class=1")
-            enlarged = first_samples(world, run, *given)[0].repeat(TILE // IMAGE_SIZE, 0).repeat(TILE // IMAGE_SIZE, 1)
+            enlarged = sampled(world, run, *given)[0].repeat(TILE // IMAGE_SIZE, 0).repeat(TILE // IMAGE_SIZE, 1)
             assert np.abs(cell - enlarged).max() <= 1
 
 
