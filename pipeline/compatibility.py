@@ -69,7 +69,7 @@ def check_sampler(
 
 
 def check_sampler_options(scheduler: str, *, eta: float, form: str) -> None:
-    """Raise ValueError if a sampler does not take `eta` or the form of guidance `form`."""
+    """Raise ValueError if a sampler does not accept `eta` or the form of guidance `form`."""
     if eta and scheduler not in ("ddim", "euler"):
         raise ValueError(f"eta = {eta:g} is only for ddim and euler: with {scheduler} leave it at 0")
     if form == "cfg++" and scheduler in ("heun", "dpm++", "unipc"):

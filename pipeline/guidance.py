@@ -1,4 +1,4 @@
-"""Guidance: what a model with classes and a weaker one (itself without classes, or another) say together."""
+"""Guidance: combine the predictions of a model with those of a weaker one, itself without classes or another."""
 
 from __future__ import annotations
 
