@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +15,6 @@ from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.cache.manifest import Manifest
@@ -102,23 +99,29 @@ class Peer:
         class of a dropped label; the rate is planned for `steps`."""
         torch.manual_seed(0)
         self.recipe, self.accelerator, self.null = recipe, accelerator, null
+        self.latents, self.labels, self.batch_size = latents.to(accelerator.device), labels, batch_size
+        self.done = 0  # steps
+        self.order: Tensor | None = None  # of the images in this epoch
         model = build(recipe, options)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         warmup = min(recipe.warmup, steps // 10)
         rate = get_scheduler(recipe.rate, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-        loader = DataLoader(TensorDataset(latents, labels), batch_size=batch_size, shuffle=True, drop_last=True)
-        self.model, self.optimizer, self.rate, loader = accelerator.prepare(model, optimizer, rate, loader)
+        self.model, self.optimizer, self.rate = accelerator.prepare(model, optimizer, rate)
         warming: dict[str, Any] = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
         self.average = EMAModel(self.model.parameters(), decay=0.9999, foreach=True, **warming)
         self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-        self.batches: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def step(self) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer. All that is random in it is a function of its number."""
         self.model.train()
-        clean, labels = next(self.batches)
+        epoch, batch = divmod(self.done, len(self.labels) // self.batch_size)
+        if batch == 0 or self.order is None:
+            self.order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(epoch))
+        rows = self.order[batch * self.batch_size :][: self.batch_size]
+        torch.manual_seed(self.done)
+        clean, labels = self.latents[rows], self.labels[rows].to(self.latents.device)
         noise = torch.randn_like(clean)
         times = torch.randint(0, 1000, (len(clean),), device=clean.device)
         labels = torch.where(torch.rand(len(labels), device=labels.device) < DROPOUT, self.null, labels)
@@ -131,6 +134,39 @@ class Peer:
         self.optimizer.zero_grad()
         if self.recipe.average:
             self.average.step(self.model.parameters())
+        self.done += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later `load` goes on from, to the same bits."""
+        moments = self.optimizer.state_dict()["state"]
+        parts = {
+            "": self.model.state_dict(),
+            "average.": dict(enumerate(self.average.shadow_params)),
+            **{f"moments.{i}.": each for i, each in moments.items()},
+        }
+        return {f"{part}{name}": value.contiguous() for part, each in parts.items() for name, value in each.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state` of the same recipe, options and length."""
+        self.model.load_state_dict({name: state[name] for name in self.model.state_dict()})
+        for i, average in enumerate(self.average.shadow_params):
+            average.copy_(state[f"average.{i}"])
+        moments = {
+            i: {
+                "step": state[f"moments.{i}.step"],
+                # laid out in memory as the weight is, which torch's fused step relies on
+                **{
+                    name: torch.empty_like(weight).copy_(state[f"moments.{i}.{name}"])
+                    for name in ("exp_avg", "exp_avg_sq")
+                },
+            }
+            for i, weight in enumerate(self.average.shadow_params)
+        }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.done = int(state["moments.0.step"])
+        self.average.optimization_step = self.done
+        for _ in range(self.done):
+            self.rate.step()
 
     def weights(self) -> dict[str, Tensor]:
         """What samples are drawn with: the average, where the recipe has one."""

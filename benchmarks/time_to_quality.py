@@ -55,6 +55,7 @@ GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0), (20, 50)
 CHOSEN_WITH = 300  # samples that a learning rate, a guidance or a number of steps is chosen with
 BATCH = 250
 ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
+STEPS_A_STATE = 500  # after which an interrupted training goes on
 
 
 @click.command()
@@ -82,7 +83,7 @@ def main(
     curves["ours"] = []
     for budget in sorted({*minutes, *ours}):
         run = trained(config, "ours", rates["ours"], budget, config.train.seed, to)
-        curves["ours"].append({"minutes": budget, "images": run.images, "seconds": run.took, **_figures(run.figures)})
+        curves["ours"].append({"minutes": budget, "images": run.images, **_figures(run.figures)})
     publish_json(to / "time_to_quality.json", {"config": str(file), "overrides": list(overrides), "curves": curves})
     print_table(curves)
     plot(curves, to / "time_to_quality.png")
@@ -162,15 +163,17 @@ class Contest:
             max(round(budget * self.rate / self.batch_size), 1): place
             for budget, place in zip(minutes, places, strict=True)
         }
-        peer = self._peer(lr, max(due))
-        started = time.perf_counter()
-        for step in range(1, max(due) + 1):
+        peer, state = self._peer(lr, max(due)), folder / "state.safetensors"
+        if state.exists():
+            peer.load(safetensors.torch.load_file(state))
+        while peer.done < max(due):
             peer.step()
-            if step in due:
-                spent = time.perf_counter() - started
-                publish_json(due[step].with_suffix(".json"), {"steps": step, "seconds": spent})
-                publish(due[step], safetensors.torch.save(peer.weights()))
-                print(f"{self.recipe.name}: rate {lr:g}, {step:,} steps in {spent:.0f} s", flush=True)
+            if place := due.get(peer.done):
+                publish_json(place.with_suffix(".json"), {"steps": peer.done})
+                publish(place, safetensors.torch.save(peer.weights()))
+            if peer.done in due or peer.done % STEPS_A_STATE == 0:
+                publish(state, safetensors.torch.save(peer.state()))
+                print(f"{self.recipe.name}: rate {lr:g}, {peer.done:,} of {max(due):,} steps", flush=True)
         return places
 
     def _peer(self, lr: float, steps: int) -> Peer:
@@ -187,9 +190,8 @@ class Contest:
         )
 
     def _trained(self, place: Path) -> dict[str, Any]:
-        """Images seen until `place`, and in what time."""
-        said = json.loads(place.with_suffix(".json").read_text())
-        return {"images": said["steps"] * self.batch_size, "seconds": said["seconds"]}
+        """Images seen until `place`."""
+        return {"images": json.loads(place.with_suffix(".json").read_text())["steps"] * self.batch_size}
 
     def _distance(self, place: Path, images: int, **choice: Any) -> float:
         return float(_figures(self._measure(place, images, **choice))["kernel_distance"]["value"])
