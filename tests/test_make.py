@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 
@@ -10,11 +11,17 @@ import pytest
 from tests.helpers.imports import ROOT
 
 
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make says, wherever it is called from: a make around these tests hands none of its own flags on."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", "--dry-run", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+
+
 def started(*arguments: str) -> list[list[str]]:
     """The commands of stages that `make` would run, in words as the shell reads them."""
-    done = subprocess.run(
-        ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
+    done = dry_run(*arguments)
+    assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     return [words[words.index("-m") + 2 :] if "-m" in words else words for words in commands if "--config" in words]
 
@@ -37,9 +44,7 @@ def test_a_quote_around_a_value_is_as_good_as_one_around_the_pair() -> None:
 
 
 def test_a_quote_that_is_not_closed_is_refused() -> None:
-    done = subprocess.run(
-        ["make", "--dry-run", "encode", "SET=data.source='my images"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = dry_run("encode", "SET=data.source='my images")
     assert done.returncode == 2
     assert "SET: data.source='my images: a quote is not closed" in done.stderr
 
@@ -78,8 +83,14 @@ def test_an_export_gets_its_folder_and_flags_and_the_stages_before_it_do_not() -
 
 
 def test_a_demo_gets_its_run_and_trains_nothing() -> None:
-    command = ["make", "--dry-run", "demo", "RUN=my runs/it's", "FLAGS=--port 0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = dry_run("demo", "RUN=my runs/it's", "FLAGS=--port 0")
     *_, words = [shlex.split(line) for line in done.stdout.splitlines()]
     assert words[1:] == ["demo", "--run", "my runs/it's", "--port", "0"]
     assert started("demo") == []  # no stage with a config
+
+
+@pytest.mark.parametrize(
+    ("count", "start"), [("1", "latentmill train"), ("2", "--nproc_per_node 2 -m -- stages train")]
+)
+def test_make_starts_as_many_processes_as_asked_for(count: str, start: str) -> None:
+    assert start in dry_run("train", f"NPROC={count}").stdout

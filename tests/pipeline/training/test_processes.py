@@ -243,16 +243,6 @@ def test_copies_that_are_not_connected_are_refused(
     assert not (tmp_path / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("count", "start"), [("1", "latentmill train"), ("2", "--nproc_per_node 2 -m -- stages train")]
-)
-def test_make_starts_as_many_processes_as_asked_for(count: str, start: str) -> None:
-    done = subprocess.run(
-        ["make", "--dry-run", "train", f"NPROC={count}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert start in done.stdout
-
-
 def test_two_processes_share_the_drawing_and_one_decodes(world: World, tmp_path: Path) -> None:
     run, alone = (Path(shutil.copytree(world.run, tmp_path / name)) for name in ("run", "alone"))
     settings = ("sample.per_class=12", "sample.scheduler=euler_ancestral")
