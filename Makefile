@@ -61,7 +61,7 @@ sample: train  ## draw samples from the model: PNG files, a contact sheet and a 
 	$(LAUNCH) sample $(ARGS)
 
 decode: sample  ## decode samples again; sample does it too
-	$(BIN)/latentmill decode $(ARGS)
+	$(LAUNCH) decode $(ARGS)
 
 # with these options, nothing needs to be trained first
 eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## measure samples against real images, and write a receipt

@@ -47,7 +47,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     ValueError if another process is writing it. OSError, with the path, if the disk is full or refuses; an OSError of
     the block about another file is not changed.
     """
-    staged = path.with_name(_STAGED + path.name)
+    staged = staged_path(path)
     with naming_the_file(path, "writing"):
         make_folder(path.parent)
     try:
@@ -135,6 +135,11 @@ def strip_checksum(payload: bytes) -> bytes | None:
     return text + b"\n}" if same else None
 
 
+def staged_path(path: Path) -> Path:
+    """Return where a file or folder is while it is written, which no reader looks at."""
+    return path.with_name(_STAGED + path.name)
+
+
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """Create a folder to fill that becomes `path` if the block succeeds and is deleted if it fails.
@@ -142,7 +147,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     `path` must not exist, or hold an older version, which is replaced. Files get the mode that the umask gives:
     safetensors would make them readable by their owner alone.
     """
-    staged = path.with_name(_STAGED + path.name)
+    staged = staged_path(path)
     remove(staged)
     make_folder(staged)
     try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data.cache.listing import Rows
 from data.cache.manifest import MANIFEST, Manifest
@@ -18,7 +22,7 @@ from data.sources.files import open_source
 from data.sources.heldout import Subset, open_heldout
 from data.text import counted, printable
 from pipeline.config import Config, cache_configs, heldout_path
-from pipeline.device import halving, in_threads, process_count
+from pipeline.device import halving, process_count
 from pipeline.vae import FrozenVae, to_images
 
 BATCH = 16  # latents decoded at a time
@@ -78,6 +82,51 @@ def source_of(config: Config, cache: Path) -> Source:
     return open_config_sources(config)[int(heldout is not None and cache.resolve() == heldout.resolve())]
 
 
+class Latents(NamedTuple):
+    """Holds some latents of a cache: their rows, their classes, and their means `n C h w` as they are stored."""
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    means: NDArray[np.floating]
+
+    def split(self, size: int) -> Iterator[Latents]:
+        """Yield `size` of them at a time."""
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            yield Latents(self.rows[part], self.labels[part], self.means[part])
+
+
+class Decoder:
+    """Decodes latents to images, always as many at a time, so that the bits of an image do not depend on the others."""
+
+    def __init__(self, vae: FrozenVae) -> None:
+        self.vae = vae
+        self._batch = BATCH
+        self._turn = contextlib.nullcontext() if vae.device.type == "cpu" else threading.Lock()
+
+    def __call__(self, latents: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """Decode at most `BATCH` latents `n C h w` to images, uint8 `n S S 3`.
+
+        Threads may call it at once; a GPU decodes for one of them at a time.
+        """
+        filled = np.concatenate([latents, np.repeat(latents[:1], BATCH - len(latents), axis=0)])
+        with self._turn:
+            parts = list(halving(self._decode, torch.from_numpy(filled.astype(np.float32)), self._batch, "decode"))
+            self._batch = min(map(len, parts))  # smaller from now on if more did not fit into memory
+        return np.concatenate(parts)[: len(latents)]
+
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        return to_images(self.vae.decode(latents)).cpu().numpy()
+
+    def workers(self, image_size: int) -> int:
+        """Return how many threads should call it at once: one per core, on a CPU as far as the memory allows."""
+        cores = process_count("auto")
+        if self.vae.device.type != "cpu":
+            return cores
+        fitting = host_memory().available // (2 * self.vae.encoding_bytes(BATCH, image_size))
+        return max(1, min(cores, fitting))
+
+
 class DecodedLatents:
     """Decodes images on demand from the means of the first view in a latent cache.
 
@@ -87,11 +136,10 @@ class DecodedLatents:
     def __init__(self, cache: LatentCache, vae: FrozenVae) -> None:
         """Raise ValueError if `vae` is not the VAE that made the cache."""
         vae.check(cache.manifest.vae, cache.path)
-        self.cache, self.vae = cache, vae
+        self.cache, self._decoder = cache, Decoder(vae)
         self.keys: Sequence[str] = cache.keys()
         self.labels, self.image_size = cache.labels, cache.manifest.image_size
         self.preprocessing = "decoded from the first view's means"
-        self._batch = BATCH
 
     def fingerprint(self) -> str:
         return self.cache.manifest.sha256()
@@ -99,31 +147,5 @@ class DecodedLatents:
     def load(self, indices: Sequence[int]) -> Batch:
         """Decode the images at `indices`."""
         chosen = np.asarray(indices, np.int64)
-        return Batch(chosen, np.concatenate(list(self.batches(chosen))))
-
-    def workers(self) -> int:
-        """Return how many batches `batches` should decode at once: on a GPU one; on a CPU one per core, as far as the
-        memory allows, because threads that share a batch wait for each other at every layer."""
-        if self.vae.device.type != "cpu":
-            return 1
-        fitting = host_memory().available // (2 * self.vae.encoding_bytes(BATCH, self.image_size))
-        return max(1, min(process_count("auto"), fitting))
-
-    def batches(self, chosen: NDArray[np.int64], workers: int = 1) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images at `chosen`, uint8 `n S S 3`, batch by batch; `workers` batches are decoded at once.
-
-        Only full batches are decoded, so that the bits do not depend on the selection.
-        """
-        filled = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % self._batch)])
-        done = 0
-        one_by_one = halving(self._decode, filled, self._batch, "decode")
-        parts = [filled[i : i + self._batch] for i in range(0, len(filled), self._batch)]
-        for pixels in one_by_one if workers == 1 else in_threads(self._decode, parts, workers):
-            self._batch = len(pixels)  # smaller from now on if more did not fit into memory
-            if done < len(chosen):
-                yield pixels[: len(chosen) - done]
-            done += len(pixels)
-
-    def _decode(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        latents = self.cache.read_verified(indices)[:, 0, : self.cache.manifest.latent_channels]
-        return to_images(self.vae.decode(torch.from_numpy(latents.astype(np.float32)))).cpu().numpy()
+        parts = (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
+        return Batch(chosen, np.concatenate([self._decoder(self.cache.means(part)) for part in parts]))

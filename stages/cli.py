@@ -173,23 +173,18 @@ def sample(config: Config, run: Path, latents: bool, npz: bool) -> None:
     """Draw images from the newest checkpoint.
 
     They are written as PNG files (see sample.image_format), with a contact sheet and a page. Several processes, as
-    torchrun starts them, share the drawing; the first one decodes.
+    torchrun starts them, share the work.
     """
+    from stages.decode import sample_images
     from stages.encode import parse_job
     from stages.sample import sample
 
     if latents and npz:
         raise ValueError("--npz: it holds images: leave out --latents")
-    job = parse_job(None)
-    folder = sample(config, run, job=job)
-    if job.jobs > 1:
-        from pipeline.training.distributed import connect
-
-        connect("fp32").wait_for_everyone()
-    if not latents and job.number == 0:
-        from stages.decode import decode
-
-        decode(config, folder, npz=npz)
+    if latents:
+        sample(config, run, job=parse_job(None))
+    else:
+        sample_images(config, run, npz=npz, job=parse_job(None))
 
 
 @main.command()
@@ -197,11 +192,15 @@ def sample(config: Config, run: Path, latents: bool, npz: bool) -> None:
 @_npz_option
 @_stage
 def decode(config: Config, run: Path, cache: Path | None, npz: bool) -> None:
-    """Decode samples that were drawn before, or a cache, to images."""
+    """Decode samples that were drawn before, or a cache, to images.
+
+    Several processes, as torchrun starts them, share the work.
+    """
     from stages.decode import decode
+    from stages.encode import parse_job
     from stages.sample import drawn_folder
 
-    decode(config, cache or drawn_folder(config, run), excerpt=cache is not None, npz=npz)
+    decode(config, cache or drawn_folder(config, run), excerpt=cache is not None, npz=npz, job=parse_job(None))
 
 
 @main.command()

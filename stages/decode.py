@@ -8,9 +8,7 @@ import json
 import re
 import shlex
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -20,24 +18,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from data.cache.manifest import Plan
 from data.cache.reader import FAILURES, LatentCache
+from data.cache.writer import Job
 from data.locks import claim
 from data.sources.generated import SAMPLES, write_npz
-from data.storage import parse_json, publish, read, staged_folder, strip_checksum, writing
+from data.storage import parse_json, publish, read, staged_folder, staged_path, strip_checksum, writing
 from pipeline.config import Config, Sample
 from pipeline.config_file import load_config
-from pipeline.datasets import DecodedLatents
-from pipeline.device import pick_device, process_count
+from pipeline.datasets import BATCH, Decoder, Latents
+from pipeline.device import in_threads, pick_device, process_count
 from pipeline.pictures import contact_sheet, save_png
+from pipeline.training.distributed import connect
 from pipeline.training.run_folder import CONFIG
 from pipeline.vae import FrozenVae
+from stages.sample import Samples
 
 IMAGES, SHEET, PAGE, NPZ = "images", "grid.png", "index.html", "samples.npz"
 SHEET_PER_CLASS, SHEET_CLASSES = 10, 100  # a sheet of all of ImageNet would be a picture of gigabytes
 _TEMPLATE = Path(__file__).with_name("gallery.html")
 _DATA = "/*DATA*/"  # the place of the JSON in it
 _NAME_BYTES = 100  # of a class name in a file name
-_MAX_PENDING = 32  # batches that wait for a thread: more would fill the memory
 # suffix of the files and how Pillow writes them: in half the time of its defaults or less; the files are hardly larger
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": (".png", {"format": "PNG", "compress_level": 2}),
@@ -46,109 +47,147 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = False) -> Path:
+def sample_images(config: Config, run: Path, *, npz: bool = False, job: Job | None = None) -> None:
+    """Draw the samples that `config` describes and decode them, shard by shard; the processes of all jobs share it."""
+    samples, job = Samples(config, run, job=job), job or Job()
+    if samples.all_drawn():
+        decode(config, samples.folder, npz=npz, job=job)
+        return
+    images = Images(samples.folder, samples.plan, config, job)
+    with images.staged():
+        samples.draw(images.write)
+        images.meet()  # now the latents of all jobs are there
+        latents = LatentCache(samples.folder)
+        images.complete(latents, np.arange(len(latents)), npz=npz)
+    if job.number == 0:
+        decode(config, samples.folder, npz=npz)  # only the page is left
+
+
+def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = False, job: Job | None = None) -> None:
     """Decode the samples in `folder` or, with `excerpt`, the first images of each class of the cache there.
 
-    Return the folder with images/, grid.png, index.html and, with `npz`, samples.npz for ADM's evaluator. The folder
-    images/ appears when it is complete; it replaces an older one, for example of another format.
+    They become images/, grid.png, index.html and, with `npz`, samples.npz for ADM's evaluator: in `folder` or, with
+    `excerpt`, in its folder decoded/. The processes of all jobs share the work.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no latents found: run {'encode' if excerpt else 'sample'} first")
-    latents = LatentCache(folder)
+    latents, job = LatentCache(folder), job or Job()
     if not len(latents):
         raise ValueError(f"{folder}: there is nothing to decode: no image has latents ({FAILURES} says why)")
-    images = DecodedLatents(latents, FrozenVae(config.vae.source, pick_device()))
-    labels, classes = latents.named_labels()
-    chosen = _first_of_each_class(labels, config.sample.per_class) if excerpt else np.arange(len(latents))
-    suffix, options = _FORMATS[config.sample.image_format]
-    endings = [f"-{_file_name(name)}{suffix}" for name in classes]
-    images_of = list(zip(latents.rows[chosen].tolist(), labels[chosen].tolist(), strict=True))
-    names = [f"{row:06d}{endings[label]}" for row, label in images_of]
     out = folder / "decoded" if excerpt else folder
-    page = _page(latents, images_of, list(zip(classes, endings, strict=True)), config.sample.image_format)
+    labels, _ = latents.named_labels()
+    chosen = _first_of_each_class(labels, config.sample.per_class) if excerpt else np.arange(len(latents))
+    images = Images(out, latents.manifest, config, job)
     npz = npz or (out / NPZ).exists()  # or an older one would be of other images
+    if missing := not images.hold(latents, chosen, npz=npz):
+        with images.staged():
+            images.complete(latents, chosen, npz=npz)
+    if job.number:
+        return
+    images_of = list(zip(latents.rows[chosen].tolist(), labels[chosen].tolist(), strict=True))
+    page = _page(latents, images_of, images.classes, config.sample.image_format)
     where = f"contact sheet {out / SHEET}, page {out / PAGE}"
-    if not _holds(out, names, npz=npz):
-        with claim(out / ".locks" / IMAGES, "decoding"):
-            _write(out, images, chosen, names, options, npz=npz)
-    elif (out / PAGE).exists() and read(out / PAGE) == page:
+    if missing or not (out / PAGE).exists() or read(out / PAGE) != page:
+        publish(out / PAGE, page)
+        print(f"decode: {where}")
+    else:
         print(f"decode: all done: {where}")
-        return out
-    publish(out / PAGE, page)
-    print(f"decode: {where}")
-    return out
 
 
-def _holds(out: Path, names: list[str], *, npz: bool) -> bool:
-    """Return whether `out` holds images of exactly these names, and the files that are written before them."""
-    files = (SHEET, NPZ) if npz else (SHEET,)
-    found = {file.name for file in (out / IMAGES).glob("[!.]*")}  # a dot begins the name of what a file manager left
-    return found == set(names) and all((out / file).exists() for file in files)
+class Images:
+    """The image files of latents, a contact sheet and samples.npz, in the folder `out`.
 
+    The folder of the files is filled under another name, by the processes of all jobs, and appears when all are there;
+    it replaces an older one, for example of another format. It is the last, so that the others fit to it whenever it is
+    there. `classes` are the names of the classes, each with the ending of its files.
+    """
 
-def _write(
-    out: Path,
-    images: DecodedLatents,
-    chosen: NDArray[np.int64],
-    names: list[str],
-    options: dict[str, Any],
-    *,
-    npz: bool,
-) -> None:
-    """Write the images at `chosen`, the contact sheet and, with `npz`, samples.npz. The folder of images is last, so
-    that the others fit to it whenever it is there."""
-    labels, classes = images.cache.named_labels()
-    labels = labels[chosen]
-    shown = _first_of_each_class(labels, SHEET_PER_CLASS)
-    on_sheet = np.isin(np.arange(len(labels)), shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])])
-    sheet: list[NDArray[np.uint8]] = []
-    started = time.monotonic()
-    with staged_folder(out / IMAGES) as staged, ThreadPoolExecutor(process_count("auto")) as pool:
-        batches = _saving(images.batches(chosen, images.workers()), [staged / name for name in names], options, pool)
-        batches = _collecting(batches, on_sheet, sheet)
+    def __init__(self, out: Path, plan: Plan, config: Config, job: Job) -> None:
+        suffix, self._options = _FORMATS[config.sample.image_format]
+        self.classes = [(name, f"-{_file_name(name)}{suffix}") for name in (*plan.classes, "no class")]
+        self._out, self._plan, self._job = out, plan, job
+        self._staged = staged_path(out / IMAGES)
+        self._exact = config.sample.image_format != "jpeg"
+        self._vae_source = config.vae.source
+
+    def _names(self, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> list[str]:
+        return [f"{row:06d}{self.classes[label][1]}" for row, label in zip(rows.tolist(), labels.tolist(), strict=True)]
+
+    def hold(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool) -> bool:
+        """Return whether the files are those of the latents `chosen`, and what is written before them is there."""
+        names = self._names(latents.rows[chosen], latents.named_labels()[0][chosen])
+        files = (SHEET, NPZ) if npz else (SHEET,)
+        found = {file.name for file in (self._out / IMAGES).glob("[!.]*")}  # a file manager's begin with a dot
+        return found == set(names) and all((self._out / file).exists() for file in files)
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[None]:
+        """Fill the folder in this block, which every process enters."""
+        vae = FrozenVae(self._vae_source, pick_device())
+        vae.check(self._plan.vae, self._out)
+        self._decoder = Decoder(vae)
+        with contextlib.ExitStack() as stack:
+            if self._job.number == 0:
+                stack.enter_context(claim(self._out / ".locks" / IMAGES, "decoding"))
+                stack.enter_context(staged_folder(self._out / IMAGES))
+            self.meet()
+            yield
+
+    def meet(self) -> None:
+        """Wait for the processes of all jobs."""
+        if self._job.jobs > 1:
+            connect("fp32").wait_for_everyone()
+
+    def write(self, latents: Iterable[Latents]) -> Iterator[int]:
+        """Decode latents and write their files, without flushing them to disk; yield how many after each batch.
+
+        Batches are decoded and written at once in threads, on a CPU one on each core.
+        """
+        batches = (batch for part in latents for batch in part.split(BATCH))
+        yield from in_threads(self._write, batches, self._decoder.workers(self._plan.image_size))
+
+    def _write(self, batch: Latents) -> int:
+        for pixels, name in zip(self._decoder(batch.means), self._names(batch.rows, batch.labels), strict=True):
+            buffer = io.BytesIO()  # Pillow's own errors about a full disk do not say so
+            Image.fromarray(pixels).save(buffer, **self._options)
+            with writing(self._staged / name) as file:
+                file.write(buffer.getbuffer())
+        return len(batch.rows)
+
+    def complete(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool) -> None:
+        """Write those files of `chosen` that are missing, this job's share of them, and then what is made of all."""
+        labels, classes = latents.named_labels()
+        labels = labels[chosen]
+        names = self._names(latents.rows[chosen], labels)
+        share = np.array(self._job.share(len(chosen)))
+        missing = np.array([i for i in share if not (self._staged / names[i]).exists()], np.int64)
+        parts = (missing[start : start + BATCH] for start in range(0, len(missing), BATCH))
+        batches = (Latents(latents.rows[chosen[part]], labels[part], latents.means(chosen[part])) for part in parts)
+        started = time.monotonic()
+        with tqdm(total=len(missing), desc="decode", unit=" images", mininterval=1, disable=not len(missing)) as bar:
+            for count in self.write(batches):
+                bar.update(count)
+        if len(missing):
+            rate = len(missing) / (time.monotonic() - started)
+            print(f"decode: {len(missing):,} images in {self._out / IMAGES}, {rate:.0f} images/s")
+        self.meet()
+        if self._job.number:
+            return
+        files = [self._staged / name for name in names]
         if npz:
-            write_npz(out / NPZ, batches, images.labels[chosen], images.image_size)
-        deque(batches, maxlen=0)  # runs through them, if write_npz did not
-        save_png(contact_sheet(np.concatenate(sheet), labels[on_sheet].tolist(), classes), out / SHEET)
-    rate = len(chosen) / (time.monotonic() - started)
-    print(f"decode: {len(chosen):,} images in {out / IMAGES}, {rate:.0f} images/s")
+            if not self._exact:
+                print(f"decode: {NPZ} has the pixels of JPEG files: for exact ones, set sample.image_format=png")
+            batches_of_files = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
+            pixels = in_threads(_read_images, batches_of_files, process_count("auto"))
+            write_npz(self._out / NPZ, pixels, latents.labels[chosen], self._plan.image_size)
+        shown = _first_of_each_class(labels, SHEET_PER_CLASS)
+        shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
+        sheet = contact_sheet(_read_images([files[i] for i in shown]), labels[shown].tolist(), classes)
+        save_png(sheet, self._out / SHEET)
 
 
-def _saving(
-    batches: Iterator[NDArray[np.uint8]], files: list[Path], options: dict[str, Any], pool: ThreadPoolExecutor
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the batches, and write their images to `files` in the threads of `pool`: Pillow releases the GIL."""
-    done, pending = 0, deque[Future[None]]()
-    with tqdm(total=len(files), desc="decode", unit=" images", mininterval=1) as bar:
-        for pixels in batches:
-            pending.append(pool.submit(_save, pixels, files[done : done + len(pixels)], options))
-            done += len(pixels)
-            if len(pending) > _MAX_PENDING:
-                pending.popleft().result()
-            bar.update(len(pixels))
-            yield pixels
-    for future in pending:
-        future.result()
-
-
-def _save(images: NDArray[np.uint8], files: list[Path], options: dict[str, Any]) -> None:
-    """Write images of a batch, without flushing them to disk."""
-    for pixels, path in zip(images, files, strict=True):
-        buffer = io.BytesIO()  # Pillow's own errors about a full disk do not say so
-        Image.fromarray(pixels).save(buffer, **options)
-        with writing(path) as file:
-            file.write(buffer.getbuffer())
-
-
-def _collecting(
-    batches: Iterator[NDArray[np.uint8]], wanted: NDArray[np.bool_], found: list[NDArray[np.uint8]]
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the batches, and append a copy of the images that are `wanted` to `found`."""
-    done = 0
-    for pixels in batches:
-        found.append(pixels[wanted[done : done + len(pixels)]])
-        done += len(pixels)
-        yield pixels
+def _read_images(files: list[Path]) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
 def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

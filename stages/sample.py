@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from data.storage import probe, publish_checked
 from data.text import brief, digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config, Sample
+from pipeline.datasets import Latents
 from pipeline.device import halving, in_threads, pick_device, process_count, sampling_dtype
 from pipeline.guidance import CPU_ROWS
 from pipeline.sampling import draw_samples
@@ -38,30 +39,79 @@ NOT_DRAWN = {"batch_size", "compile", "image_format"}  # keys of sample that cha
 def sample(
     config: Config, run: Path, *, checkpoint: Checkpoint | None = None, to: Path | None = None, job: Job | None = None
 ) -> Path:
-    """Draw `sample.per_class` images of every requested class, from `checkpoint` or the newest one of the run.
+    """Draw the samples that `config` describes, as `Samples.draw` does; return the folder with their latents."""
+    samples = Samples(config, run, checkpoint=checkpoint, to=to, job=job)
+    samples.draw()
+    return samples.folder
 
-    Return the folder with their latents: `to`, or one in the run's folder. It is complete when the last job is done.
+
+class Samples:
+    """The samples that a config describes: `sample.per_class` of every requested class, from `checkpoint` or the newest
+    one of the run.
+
+    `folder` holds their latents: `to`, or one in the run's folder. It is complete when the last job is done.
     """
-    checkpoint = checkpoint or require_checkpoint(run)
-    config, chosen = resolve_sample_settings(config, checkpoint)
-    labels = np.tile(np.array(chosen), config.sample.per_class)  # the first images stay the same when more are drawn
-    folder = to or sample_folder(config, run, checkpoint)
-    names = checkpoint.state.classes
-    keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
-    rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
-    writer = CacheWriter(folder, _plan(config, run, checkpoint, len(labels)), rows, job)
-    if writer.is_done():
-        print(f"sample: all done: {folder}")
-        return folder
-    probe(folder, "--run")
-    with writer.claimed():
-        if writer.job.number == 0:
-            publish_checked(folder / SAMPLES, _description(config, checkpoint, labels))
-        _draw_missing(config, checkpoint, writer, labels)
-        manifest = writer.finish()
-    if manifest and manifest.failed:
-        print(f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {folder / FAILURES}")
-    return folder
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        *,
+        checkpoint: Checkpoint | None = None,
+        to: Path | None = None,
+        job: Job | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint = checkpoint or require_checkpoint(run)
+        self._config, chosen = resolve_sample_settings(config, checkpoint)
+        per_class = self._config.sample.per_class
+        self._labels = labels = np.tile(np.array(chosen), per_class)  # the first stay the same when more are drawn
+        self.folder = to or sample_folder(self._config, run, checkpoint)
+        names = checkpoint.state.classes
+        keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
+        rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
+        self._writer = CacheWriter(self.folder, _plan(self._config, run, checkpoint, len(labels)), rows, job)
+        self.plan = self._writer.plan
+
+    def all_drawn(self) -> bool:
+        """Return whether nothing is left to draw, with a message."""
+        if done := self._writer.is_done():
+            print(f"sample: all done: {self.folder}")
+        return done
+
+    def draw(self, use: Callable[[Iterator[Latents]], Iterator[Any]] | None = None) -> None:
+        """Draw the samples of this job that are missing; they pass through `use`, once they are written."""
+        if self.all_drawn():
+            return
+        probe(self.folder, "--run")
+        writer = self._writer
+        with writer.claimed():
+            if writer.job.number == 0:
+                publish_checked(self.folder / SAMPLES, _description(self._config, self._checkpoint, self._labels))
+            pending = writer.pending()
+            count, started = sum(len(self.plan.rows_of(shard)) for shard in pending), time.monotonic()
+            with tqdm(total=count, unit=" images", desc="sample", mininterval=1) as bar:
+                drawn = self._missing(pending, bar)
+                for _ in use(drawn) if use else drawn:
+                    pass
+            print(f"sample: {count:,} images in {self.folder}, {count / (time.monotonic() - started):.1f} images/s")
+            manifest = writer.finish()
+        if manifest and manifest.failed:
+            failures = self.folder / FAILURES
+            print(f"sample: {manifest.failed:,} samples came out NaN or infinite; they are listed in {failures}")
+
+    def _missing(self, pending: list[int], bar: tqdm) -> Iterator[Latents]:
+        """Draw the shards `pending`, batch by batch, and write each when it is complete; yield its usable samples."""
+        draw = Drawing(self._config.sample, self._checkpoint, self._labels)
+        every = [np.array(self.plan.rows_of(shard)) for shard in pending]
+        drawn = torch.empty(0)
+        for latents in draw.batches(np.concatenate([np.empty(0, np.int64), *every])):
+            drawn = torch.cat([drawn, latents]) if len(drawn) else latents
+            bar.update(len(latents))
+            while every and len(drawn) >= (size := len(every[0])):
+                rows, moments, drawn = every.pop(0), drawn[:size].numpy().astype(self.plan.dtype), drawn[size:]
+                failed = self._writer.write(EncodedShard(pending.pop(0), rows, moments[:, None], {}))
+                usable = ~np.isin(rows, [failure.row for failure in failed])
+                yield Latents(rows[usable], self._labels[rows[usable]], moments[usable])
 
 
 def drawn_folder(config: Config, run: Path) -> Path:
@@ -164,24 +214,6 @@ def summary(settings: Sample, *, without: Set[str] = frozenset()) -> list[str]:
     return [text if name == "scheduler" else f"{name} {text}" for name, text in told.items() if name not in without]
 
 
-def _draw_missing(config: Config, checkpoint: Checkpoint, writer: CacheWriter, labels: NDArray[np.int64]) -> None:
-    """Draw the samples of this job that are missing, batch by batch, and write each shard when it is complete."""
-    draw = Drawing(config.sample, checkpoint, labels)
-    pending = writer.pending()
-    rows = np.array([row for shard in pending for row in writer.plan.rows_of(shard)], dtype=np.int64)
-    started, drawn = time.monotonic(), torch.empty(0)
-    with tqdm(total=len(rows), unit=" images", desc="sample", mininterval=1) as bar:
-        for latents in draw.batches(rows):
-            drawn = torch.cat([drawn, latents]) if len(drawn) else latents
-            while pending and len(drawn) >= (size := len(writer.plan.rows_of(pending[0]))):
-                shard = pending.pop(0)
-                moments, drawn = drawn[:size, None].numpy(), drawn[size:]
-                writer.write(EncodedShard(shard, np.array(writer.plan.rows_of(shard)), moments, {}))
-            bar.update(len(latents))
-    rate = len(rows) / (time.monotonic() - started)
-    print(f"sample: {len(rows):,} images in {writer.path}, {rate:.1f} images/s")
-
-
 class Drawing:
     """Draws samples of a checkpoint, on the scale of the VAE's decoder."""
 
@@ -280,7 +312,6 @@ class _Images:
                 f"sample.start_from: {path}: its latents are {cache.manifest.shape[1]} wide, those of the run {size}:"
                 " encode images of the same size"
             )
-        self._channels = cache.manifest.latent_channels
         self._places = np.zeros(len(labels), dtype=np.int64)
         for kind in np.unique(labels):
             name = checkpoint.state.classes[kind]
@@ -293,8 +324,7 @@ class _Images:
 
     def load(self, batch: NDArray[np.int64]) -> Tensor:
         """Read the posterior means that the samples `batch` start from: latents `B C h w` as float32."""
-        moments = self._cache.read_verified(self._places[batch])
-        return torch.from_numpy(moments[:, 0, : self._channels].astype(np.float32))
+        return torch.from_numpy(self._cache.means(self._places[batch]).astype(np.float32))
 
 
 def _shard_rows(count: int) -> int:

@@ -91,6 +91,10 @@ class LatentCache:
             self._verified.add(number)
         return self.read(indices)
 
+    def means(self, indices: NDArray[np.int64]) -> NDArray[np.floating]:
+        """Gather the posterior means of the first view, `n C h w` in the cache's dtype, as `read_verified` does."""
+        return self.read_verified(indices)[:, 0, : self.manifest.latent_channels]
+
     def class_counts(self) -> NDArray[np.int64]:
         """Count the committed images of every class; images without a class are not counted."""
         return np.bincount(self.labels[self.labels != NO_CLASS], minlength=len(self.manifest.classes))

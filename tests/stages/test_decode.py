@@ -6,10 +6,11 @@ import json
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,15 +19,18 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-import stages.decode
 from data.cache.reader import LatentCache
+from data.cache.writer import Job
 from data.memory import Memory
 from data.sources.generated import GeneratedArray
 from data.storage import publish_checked, strip_checksum
 from pipeline.config import Config
-from pipeline.datasets import BATCH, DecodedLatents
+from pipeline.config_file import load_config
+from pipeline.datasets import BATCH, DecodedLatents, Decoder, Latents
+from pipeline.device import in_threads
 from pipeline.vae import FrozenVae
 from stages.cli import main
+from stages.decode import Images, decode
 from stages.sample import sample_folder
 from tests.helpers.world import CLASSES, IMAGE_SIZE, World, page_data, refuse, run_stage, succeed, tree
 
@@ -151,6 +155,56 @@ def test_what_a_killed_decode_left_half_done_is_done_again(world: World, run: Pa
     assert tree(folder) == whole
 
 
+def test_samples_that_were_interrupted_are_completed_and_so_are_their_images(
+    world: World, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time, what is drawn is decoded on the way, and then what was drawn the first time."""
+    shutil.rmtree(run / "samples")
+    settings = ("sample.per_class=40",)  # five shards of 16
+    monkeypatch.setattr("pipeline.datasets.process_count", lambda requested: 1)
+    succeed("sample", world.config, run, *settings)
+    (folder,) = (run / "samples").iterdir()
+    whole = tree(folder)
+    shutil.rmtree(folder)
+    write = Images._write
+
+    def interrupted(self: Images, batch: Latents) -> int:
+        return failing() if 20 in batch.rows else write(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Images, "_write", interrupted)
+        assert "the encoder is broken" in run_stage("sample", world.config, run, *settings).stderr
+    assert not (folder / "images").exists()
+    assert not (folder / "manifest.json").exists()
+    printed = succeed("sample", world.config, run, *settings)
+    assert "sample: 32 images" in printed
+    assert "decode: 48 images" in printed
+    assert tree(folder) == whole
+
+
+def test_jobs_share_the_images_of_a_folder(
+    world: World, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tree(folder)
+    (folder / "index.html").unlink()
+    shutil.rmtree(folder / "images")
+    written: dict[int, list[int]] = {0: [], 1: []}
+    everyone, config = threading.Barrier(2), load_config(world.config)
+    write = Images._write
+
+    def noted(self: Images, batch: Latents) -> int:
+        written[self._job.number] += batch.rows.tolist()
+        return write(self, batch)
+
+    monkeypatch.setattr(Images, "meet", lambda self: everyone.wait(timeout=60))
+    monkeypatch.setattr(Images, "_write", noted)
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(decode, config, folder, job=Job(number, 2)) for number in (0, 1)]:
+            done.result()
+    assert written == {0: [0, 1, 2], 1: [3, 4, 5]}
+    assert tree(folder) == whole
+
+
 def test_an_error_in_a_thread_is_an_error_of_the_command_and_leaves_nothing(
     world: World, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,53 +216,65 @@ def test_an_error_in_a_thread_is_an_error_of_the_command_and_leaves_nothing(
     assert tree(folder) == before
 
 
-def failing(*args: Any, **options: Any) -> None:
+def failing(*args: Any, **options: Any) -> NoReturn:
     raise OSError("the encoder is broken")
 
 
-def test_at_most_a_few_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.decode, "_MAX_PENDING", 3)
-    made, saved, ahead = 0, 0, []
+def test_at_most_a_few_batches_are_in_memory(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, written, ahead = 0, 0, []
+    write = Images._write
 
-    def save(pixels: NDArray[np.uint8], files: list[Path], options: dict[str, Any]) -> None:
-        nonlocal saved
-        saved += 1
+    def counted(self: Images, batch: Latents) -> int:
+        nonlocal written
+        written += 1
+        return write(self, batch)
 
-    def batches() -> Iterator[NDArray[np.uint8]]:
+    def shards() -> Iterator[Latents]:
         nonlocal made
-        for _ in range(50):
+        cache = LatentCache(world.cache)
+        rows = np.zeros(BATCH, np.int64)
+        for number in range(12):
             made += 1
-            ahead.append(made - saved)
-            yield np.zeros((2, 4, 4, 3), np.uint8)
+            ahead.append(made - written)
+            yield Latents(rows + number, cache.labels[rows], cache.means(rows))
 
-    monkeypatch.setattr(stages.decode, "_save", save)
-    with ThreadPoolExecutor(2) as pool:
-        files = [tmp_path / str(number) for number in range(100)]
-        assert sum(map(len, stages.decode._saving(batches(), files, {}, pool))) == 100
-    assert saved == 50
-    assert max(ahead) <= 5
+    monkeypatch.setattr(Images, "_write", counted)
+    monkeypatch.setattr("pipeline.datasets.process_count", lambda requested: 2)
+    config = load_config(world.config)
+    images = Images(tmp_path, LatentCache(world.cache).manifest, config, Job())
+    with images.staged():
+        assert list(images.write(shards())) == [BATCH] * 12
+    assert written == 12
+    assert max(ahead) <= 4  # those of two threads, one that waits, and the one that is read
+    assert len(list((tmp_path / "images").iterdir())) == 12
 
 
-def test_batches_that_are_decoded_at_once_are_the_same_in_the_same_order(
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_an_image_does_not_depend_on_those_decoded_beside_it(world: World, workers: int) -> None:
+    latents = LatentCache(world.cache)
+    decoder = Decoder(FrozenVae(str(world.config.parent / "vae")))
+    chosen = np.random.default_rng(0).integers(0, len(latents), 5 * BATCH + 3)
+    alone = np.concatenate([decoder(latents.means(chosen[i : i + 1])) for i in range(len(chosen))])
+    parts = [chosen[start : start + size] for start, size in ((0, 3), (3, BATCH), (3 + BATCH, 1), (4 + BATCH, BATCH))]
+    together = list(in_threads(lambda part: decoder(latents.means(part)), parts, workers))
+    assert [len(part) for part in together] == [len(part) for part in parts]
+    assert np.array_equal(np.concatenate(together), alone[: 4 + 2 * BATCH])
+    every = Latents(chosen, latents.labels[chosen], latents.means(chosen))
+    assert [len(part.rows) for part in every.split(BATCH)] == [BATCH] * 5 + [3]
+    assert np.array_equal(np.concatenate([decoder(part.means) for part in every.split(BATCH)]), alone)
+    assert np.array_equal(DecodedLatents(latents, decoder.vae).load(chosen).pixels, alone)
+
+
+def test_as_many_threads_decode_as_there_are_cores_and_memory_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latents, threads = LatentCache(world.cache), torch.get_num_threads()
-    images = DecodedLatents(latents, FrozenVae(str(world.config.parent / "vae")))
-    for count in (1, BATCH, 5 * BATCH + 3):
-        chosen = np.random.default_rng(0).integers(0, len(latents), count)
-        expected = images.load(chosen).pixels
-        for workers in (2, 4):
-            parts = list(images.batches(chosen, workers))
-            assert [len(part) for part in parts] == [len(part) for part in images.batches(chosen)]
-            assert np.array_equal(np.concatenate(parts), expected)
-    assert torch.get_num_threads() == threads
+    decoder = Decoder(FrozenVae(str(world.config.parent / "vae")))
     monkeypatch.setattr("pipeline.datasets.process_count", lambda requested: 5)
-    assert images.workers() == 5
+    assert decoder.workers(IMAGE_SIZE) == 5
     monkeypatch.setattr("pipeline.datasets.host_memory", lambda: Memory(0, 0))
-    assert images.workers() == 1
-    images.vae.device = torch.device("cuda")
-    monkeypatch.setattr("pipeline.datasets.host_memory", lambda: Memory(2**50, 2**50))
-    assert images.workers() == 1
+    assert decoder.workers(IMAGE_SIZE) == 1
+    decoder.vae.device = torch.device("cuda")  # whose memory is another one
+    assert decoder.workers(IMAGE_SIZE) == 5
 
 
 def test_a_decoder_that_runs_out_of_memory_goes_on_with_smaller_batches_to_the_same_images(

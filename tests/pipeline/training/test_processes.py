@@ -243,12 +243,13 @@ def test_copies_that_are_not_connected_are_refused(
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_two_processes_share_the_drawing_and_one_decodes(world: World, tmp_path: Path) -> None:
+def test_two_processes_share_the_drawing_and_the_decoding(world: World, tmp_path: Path) -> None:
     run, alone = (Path(shutil.copytree(world.run, tmp_path / name)) for name in ("run", "alone"))
     settings = ("sample.per_class=12", "sample.scheduler=euler_ancestral")
     printed = finish(start(world, run, 2, settings, stage="sample"))
     succeed("sample", world.config, alone, *settings)
     assert printed.count("sample: 16 images") == printed.count("sample: 8 images") == 1
+    assert printed.count("decode: ") == 1  # of the page: nothing was left to decode
     folders = [next((each / "samples").glob("*12each*")) for each in (run, alone)]
     one, other = ({name: file for name, file in tree(folder).items() if "images" in name} for folder in folders)
     assert one == other
