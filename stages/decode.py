@@ -23,7 +23,7 @@ from data.cache.reader import FAILURES, LatentCache
 from data.cache.writer import Job
 from data.locks import claim
 from data.sources.generated import SAMPLES, write_npz
-from data.storage import parse_json, publish, read, staged_folder, staged_path, strip_checksum, writing
+from data.storage import parse_json, probe, publish, read, staged_folder, staged_path, strip_checksum, writing
 from pipeline.config import Config, Sample
 from pipeline.config_file import load_config
 from pipeline.datasets import BATCH, Decoder, Latents
@@ -53,21 +53,23 @@ def sample_images(config: Config, run: Path, *, npz: bool = False, job: Job | No
     if samples.all_drawn():
         decode(config, samples.folder, npz=npz, job=job)
         return
+    probe(samples.folder, "--run")
     images = Images(samples.folder, samples.plan, config, job)
     with images.staged():
         samples.draw(images.write)
         images.meet()  # now the latents of all jobs are there
         latents = LatentCache(samples.folder)
-        images.complete(latents, np.arange(len(latents)), npz=npz)
+        chosen = np.arange(len(latents))
+        images.complete(latents, chosen, npz=npz)
     if job.number == 0:
-        decode(config, samples.folder, npz=npz)  # only the page is left
+        images.publish_page(latents, chosen, anew=True)
 
 
-def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = False, job: Job | None = None) -> None:
+def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = False, job: Job | None = None) -> Path:
     """Decode the samples in `folder` or, with `excerpt`, the first images of each class of the cache there.
 
     They become images/, grid.png, index.html and, with `npz`, samples.npz for ADM's evaluator: in `folder` or, with
-    `excerpt`, in its folder decoded/. The processes of all jobs share the work.
+    `excerpt`, in its folder decoded/, which is returned. The processes of all jobs share the work.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no latents found: run {'encode' if excerpt else 'sample'} first")
@@ -82,16 +84,9 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = F
     if missing := not images.hold(latents, chosen, npz=npz):
         with images.staged():
             images.complete(latents, chosen, npz=npz)
-    if job.number:
-        return
-    images_of = list(zip(latents.rows[chosen].tolist(), labels[chosen].tolist(), strict=True))
-    page = _page(latents, images_of, images.classes, config.sample.image_format)
-    where = f"contact sheet {out / SHEET}, page {out / PAGE}"
-    if missing or not (out / PAGE).exists() or read(out / PAGE) != page:
-        publish(out / PAGE, page)
-        print(f"decode: {where}")
-    else:
-        print(f"decode: all done: {where}")
+    if job.number == 0:
+        images.publish_page(latents, chosen, anew=missing)
+    return out
 
 
 class Images:
@@ -99,19 +94,21 @@ class Images:
 
     The folder of the files is filled under another name, by the processes of all jobs, and appears when all are there;
     it replaces an older one, for example of another format. It is the last, so that the others fit to it whenever it is
-    there. `classes` are the names of the classes, each with the ending of its files.
+    there.
     """
 
     def __init__(self, out: Path, plan: Plan, config: Config, job: Job) -> None:
-        suffix, self._options = _FORMATS[config.sample.image_format]
-        self.classes = [(name, f"-{_file_name(name)}{suffix}") for name in (*plan.classes, "no class")]
-        self._out, self._plan, self._job = out, plan, job
-        self._staged = staged_path(out / IMAGES)
-        self._exact = config.sample.image_format != "jpeg"
-        self._vae_source = config.vae.source
+        """Raise ValueError if the VAE of `config` is not the one of the latents, which `plan` describes."""
+        vae = FrozenVae(config.vae.source, pick_device())
+        vae.check(plan.vae, out)
+        self._decoder, self._out, self._plan, self._job = Decoder(vae), out, plan, job
+        self._format, self._staged = config.sample.image_format, staged_path(out / IMAGES)
+        suffix, self._options = _FORMATS[self._format]
+        # names, each with the ending of its files
+        self._classes = [(name, f"-{_file_name(name)}{suffix}") for name in (*plan.classes, "no class")]
 
     def _names(self, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> list[str]:
-        return [f"{row:06d}{self.classes[label][1]}" for row, label in zip(rows.tolist(), labels.tolist(), strict=True)]
+        return [f"{row:06d}{self._classes[label][1]}" for row, label in zip(rows, labels, strict=True)]
 
     def hold(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool) -> bool:
         """Return whether the files are those of the latents `chosen`, and what is written before them is there."""
@@ -123,9 +120,6 @@ class Images:
     @contextlib.contextmanager
     def staged(self) -> Iterator[None]:
         """Fill the folder in this block, which every process enters."""
-        vae = FrozenVae(self._vae_source, pick_device())
-        vae.check(self._plan.vae, self._out)
-        self._decoder = Decoder(vae)
         with contextlib.ExitStack() as stack:
             if self._job.number == 0:
                 stack.enter_context(claim(self._out / ".locks" / IMAGES, "decoding"))
@@ -175,7 +169,7 @@ class Images:
             return
         files = [self._staged / name for name in names]
         if npz:
-            if not self._exact:
+            if self._format == "jpeg":
                 print(f"decode: {NPZ} has the pixels of JPEG files: for exact ones, set sample.image_format=png")
             batches_of_files = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
             pixels = in_threads(_read_images, batches_of_files, process_count("auto"))
@@ -184,6 +178,18 @@ class Images:
         shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
         sheet = contact_sheet(_read_images([files[i] for i in shown]), labels[shown].tolist(), classes)
         save_png(sheet, self._out / SHEET)
+
+    def publish_page(self, latents: LatentCache, chosen: NDArray[np.int64], *, anew: bool) -> None:
+        """Write the page, unless it is there already and not to be written `anew`, and print where everything is."""
+        labels, _ = latents.named_labels()
+        images = list(zip(latents.rows[chosen].tolist(), labels[chosen].tolist(), strict=True))
+        page, file = _page(latents, images, self._classes, self._format), self._out / PAGE
+        where = f"contact sheet {self._out / SHEET}, page {file}"
+        if anew or not file.exists() or read(file) != page:
+            publish(file, page)
+            print(f"decode: {where}")
+        else:
+            print(f"decode: all done: {where}")
 
 
 def _read_images(files: list[Path]) -> NDArray[np.uint8]:
