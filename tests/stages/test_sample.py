@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.cache.manifest import Manifest
@@ -247,6 +249,22 @@ def test_every_batch_size_and_number_of_processes_draws_the_same_bytes(
         assert (folder / "manifest.json").exists()
         shards.append({name: payload for name, payload in tree(folder).items() if "latents.zarr/" in name})
     assert shards[0] == shards[1] == shards[2]
+
+
+def test_a_compiled_model_draws_the_same_samples(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through dynamo without inductor, which would take a minute."""
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    shutil.rmtree(run / "samples")
+    monkeypatch.setattr("stages.sample.process_count", lambda requested: 2)
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
+    settings = ("sample.per_class=20",)  # two batches, which two threads draw at once
+    latents = []
+    for more in (("sample.compile=true",), ()):
+        succeed("sample", world.config, run, *settings, *more, more=("--latents",))
+        (folder,) = (run / "samples").iterdir()
+        latents.append(LatentCache(folder).read(np.arange(40)).astype(np.float32))
+        shutil.rmtree(folder)
+    assert np.allclose(*latents, rtol=1e-2, atol=1e-2)
 
 
 def test_a_weaker_model_guides_and_must_fit(world: World, tmp_path: Path) -> None:
