@@ -25,6 +25,8 @@ INDEX   = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TOR
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 LAUNCH  = $(if $(filter-out 0 1,$(NPROC)),$(TORCHRUN),$(BIN)/latentmill)
 FLAGS  ?=
+# of the target that was asked for, not of those that it needs
+OPTIONS = $(if $(filter $@ $(if $(filter sample,$@),all),$(MAKECMDGOALS)),$(FLAGS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all encode verify info train sample decode eval export demo vae test lint results bench
@@ -32,6 +34,7 @@ FLAGS  ?=
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
+	@echo '  FLAGS="--npz" gives options to the target that is named'
 	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
 
 setup: $(READY)  ## create .venv with pinned versions
@@ -46,32 +49,32 @@ $(READY): pyproject.toml constraints.txt
 all: sample  ## encode, train and sample: all that is needed to get samples
 
 encode: $(READY)  ## stage one: encode images into a latent cache
-	$(LAUNCH) encode $(ARGS) $(if $(filter eval export,$(MAKECMDGOALS)),,$(FLAGS))
+	$(LAUNCH) encode $(ARGS) $(OPTIONS)
 
 verify: $(READY)  ## check every file of the cache against its SHA-256
-	$(BIN)/latentmill verify $(ARGS) $(FLAGS)
+	$(BIN)/latentmill verify $(ARGS) $(OPTIONS)
 
 info: encode  ## describe the cache, with pictures
-	$(BIN)/latentmill info $(ARGS)
+	$(BIN)/latentmill info $(ARGS) $(OPTIONS)
 
 train: encode  ## stage two: train a model on the latent cache
-	$(LAUNCH) train $(ARGS)
+	$(LAUNCH) train $(ARGS) $(OPTIONS)
 
 sample: train  ## draw samples from the model: PNG files, a contact sheet and a page
-	$(LAUNCH) sample $(ARGS)
+	$(LAUNCH) sample $(ARGS) $(if $(filter decode,$(MAKECMDGOALS)),--latents) $(OPTIONS)
 
-decode: sample  ## decode samples again; sample does it too
-	$(LAUNCH) decode $(ARGS)
+decode: sample  ## draw latents first, and then decode them; sample does both at once
+	$(LAUNCH) decode $(ARGS) $(OPTIONS)
 
 # with these options, nothing needs to be trained first
 eval: $(if $(filter --images% --repeat%,$(FLAGS)),$(READY),train)  ## measure samples against real images, and write a receipt
-	$(BIN)/latentmill evaluate $(ARGS) $(FLAGS)
+	$(BIN)/latentmill evaluate $(ARGS) $(OPTIONS)
 
 export: train  ## write the model as a folder that diffusers loads: make export TO=exports/solids
-	$(BIN)/latentmill export $(ARGS) $(if $(value TO),--to $(call quoted,TO)) $(FLAGS)
+	$(BIN)/latentmill export $(ARGS) $(if $(value TO),--to $(call quoted,TO)) $(OPTIONS)
 
 demo: $(READY)  ## serve a page on this machine that draws images from trained models
-	$(BIN)/latentmill demo $(if $(value RUN),--run $(call quoted,RUN)) $(FLAGS)
+	$(BIN)/latentmill demo $(if $(value RUN),--run $(call quoted,RUN)) $(OPTIONS)
 
 vae: $(READY)  ## train the bundled VAE again: make vae PHOTOS=folder-of-class-folders
 	$(BIN)/latentmill train-vae $(call quoted,PHOTOS)

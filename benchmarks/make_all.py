@@ -3,7 +3,7 @@
     python -m benchmarks.make_all [--config configs/solids.yaml] [--json FILE]
 
 Runs encode, train and sample in processes of their own with an empty cache and an empty run, as `make all` does after
-the installation. Training steps are what log.jsonl says, drawing and decoding what sample says; imports are measured by
+the installation. Training steps are what log.jsonl says, drawing and decoding are what sample says; imports are measured by
 a process that only imports. To see what a CPU without AVX-512 takes, set ATEN_CPU_CAPABILITY=avx2 and
 ONEDNN_MAX_CPU_ISA=AVX2 in the environment.
 """
@@ -24,7 +24,7 @@ import click
 from data.storage import publish_json
 from stages.cli import LocalPath
 
-STAGES = ("encode", "train", "sample")
+STAGES = {"encode": "stages.encode", "train": "stages.train", "sample": "stages.decode"}  # and what each imports
 
 
 @click.command()
@@ -35,7 +35,7 @@ def main(file: Path, overrides: tuple[str, ...], report: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [*overrides, f"cache.path={folder}/cache"]
         options = ["--config", str(file), *(part for each in settings for part in ("--set", each))]
-        imports = {stage: seconds([sys.executable, "-c", f"import stages.{stage}"])[0] for stage in STAGES}
+        imports = {stage: seconds([sys.executable, "-c", f"import {name}"])[0] for stage, name in STAGES.items()}
         wall, said = {}, {}
         for stage in STAGES:
             command = [sys.executable, "-m", "stages", stage, *options, "--run", f"{folder}/run"]
@@ -54,16 +54,16 @@ def main(file: Path, overrides: tuple[str, ...], report: Path | None) -> None:
 
 def parts(wall: dict[str, float], imports: dict[str, float], steps: float, said: str) -> dict[str, float]:
     """Seconds of each part; those of all parts add up to those of the stages."""
-    drawing = _seconds_of("sample: ([0-9,]+) images in .*, ([0-9.]+) images/s", said)
-    decoding = _seconds_of("decode: ([0-9,]+) images in .*, ([0-9.]+) images/s", said)
+    found = re.search("sample: ([0-9,]+) images in .*, ([0-9.]+) images/s", said)
+    assert found, said
+    sampling = float(found[1].replace(",", "")) / float(found[2])
     return {
         "imports": sum(imports.values()),
         "encode": wall["encode"] - imports["encode"],
         "train: steps": steps,
         "train: previews, checkpoints": wall["train"] - imports["train"] - steps,
-        "sample: drawing": drawing,
-        "sample: decoding": decoding,
-        "sample: the rest": wall["sample"] - imports["sample"] - drawing - decoding,
+        "sample: drawing and decoding": sampling,
+        "sample: the rest": wall["sample"] - imports["sample"] - sampling,
     }
 
 
@@ -79,12 +79,6 @@ def seconds(command: list[str]) -> tuple[float, str]:
     started = time.perf_counter()
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     return time.perf_counter() - started, said
-
-
-def _seconds_of(pattern: str, said: str) -> float:
-    found = re.search(pattern, said)
-    assert found, said
-    return float(found[1].replace(",", "")) / float(found[2])
 
 
 if __name__ == "__main__":

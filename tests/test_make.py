@@ -54,7 +54,18 @@ def test_images_take_three_stages_and_settings_are_given_once(target: str) -> No
     commands = started(target, "SET=sample.guidance=3")
     assert [command[1] for command in commands] == ["encode", "train", "sample"]
     assert all(command[-1] == "sample.guidance=3" for command in commands)
-    assert [command[1] for command in started("decode")] == ["encode", "train", "sample", "decode"]
+
+
+def test_decode_has_something_to_do() -> None:
+    commands = started("decode")
+    assert [command[1] for command in commands] == ["encode", "train", "sample", "decode"]
+    assert ["--latents" in command for command in commands] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("target", ["encode", "train", "sample", "decode", "all"])
+def test_flags_are_given_to_the_target_that_is_named(target: str) -> None:
+    commands = started(target, "FLAGS=--some thing")
+    assert [command[-2:] == ["--some", "thing"] for command in commands] == [False] * (len(commands) - 1) + [True]
 
 
 @pytest.mark.parametrize(

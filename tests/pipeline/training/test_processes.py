@@ -99,9 +99,9 @@ def assert_same(run: Path, straight: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that nothing disturbs, started by accelerate."""
+    """A run of one process that nothing disturbs."""
     run = tmp_path_factory.mktemp("alone")
-    finish(start(world, run, 1, launcher=("accelerate.commands.launch", "--num_processes", "1", "-m")))
+    succeed("train", world.config, run, *LONG)
     return run
 
 
@@ -114,7 +114,8 @@ def pair(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_that_is_killed_and_signalled_ends_as_one_that_was_not(world: World, alone: Path, tmp_path: Path) -> None:
-    kill(start(world, tmp_path, 1), tmp_path, 3)  # before the first checkpoint
+    launcher = ("accelerate.commands.launch", "--num_processes", "1", "-m")
+    kill(start(world, tmp_path, 1, launcher=launcher), tmp_path, 3)  # before the first checkpoint
     for number, lines in ((signal.SIGTERM, 8), (signal.SIGINT, 12)):
         process = start(world, tmp_path, 1)
         with after_lines(process, tmp_path, lines):
