@@ -34,8 +34,8 @@ OPTIONS = $(if $(filter $@ $(if $(filter sample,$@),all),$(MAKECMDGOALS)),$(FLAG
 help:  ## show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 	@echo '  variables: CONFIG=configs/x.yaml  NPROC=n  SET="train.lr=1e-3 sample.steps=20"  RUN=runs/x'
-	@echo '  FLAGS="--npz" gives options to the target that is named'
 	@echo "  with spaces: SET=\"data.source='my images' sample.steps=20\"  RUN='my runs/x'"
+	@echo '  FLAGS="--npz" gives options to the target that is named'
 
 setup: $(READY)  ## create .venv with pinned versions
 $(READY): pyproject.toml constraints.txt

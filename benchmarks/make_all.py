@@ -3,8 +3,8 @@
     python -m benchmarks.make_all [--config configs/solids.yaml] [--json FILE]
 
 Runs encode, train and sample in processes of their own with an empty cache and an empty run, as `make all` does after
-the installation. Training steps are what log.jsonl says, drawing and decoding are what sample says; imports are measured by
-a process that only imports. To see what a CPU without AVX-512 takes, set ATEN_CPU_CAPABILITY=avx2 and
+the installation. Training steps are what log.jsonl says, drawing and decoding are what sample says; imports are
+measured by a process that only imports. To see what a CPU without AVX-512 takes, set ATEN_CPU_CAPABILITY=avx2 and
 ONEDNN_MAX_CPU_ISA=AVX2 in the environment.
 """
 
