@@ -162,8 +162,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
             _sync_folder(folder)
         remove(path)
         os.replace(staged, path)
-    finally:
-        remove(staged)  # already renamed, unless the block or the disk failed
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process may still be writing there
+            remove(staged)
+        raise
     _sync_folder(path.parent)
 
 

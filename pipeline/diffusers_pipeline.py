@@ -23,7 +23,7 @@ from diffusers.utils import logging
 from pipeline.compatibility import SAMPLERS, check_sampler, check_sampler_options, usable_guidance
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.device import pick_device
+from pipeline.device import pick_device, sampling_dtype
 from pipeline.guidance import Guidance, GuidedModel
 from pipeline.latents import Normalization
 from pipeline.noise import NoiseProcess
@@ -114,13 +114,14 @@ class LatentMillPipeline(DiffusionPipeline):
         chosen = {**self.config.sample, **{name: value for name, value in given.items() if value is not None}}
         self._check(chosen, output_type)
         steps, device = chosen["num_inference_steps"], self._execution_device
+        full = self.unet.dtype == torch.float32
         model = GuidedModel(
             self.unet,
             self._process,
             torch.tensor(labels, device=device),
             self._scales(labels, guidance_scale),
             Guidance(**chosen["guidance"]),
-            half=None if self.unet.dtype == torch.float32 else self.unet.dtype,
+            half=sampling_dtype(self.config.sample["precision"], device) if full else self.unet.dtype,
         )
         size = self.unet.config["sample_size"]
         evaluations = 2 * steps - 1 if chosen["sampler"] == "heun" else steps
@@ -261,5 +262,6 @@ def pipeline_of(checkpoint: Checkpoint, config: Config) -> LatentMillPipeline:
             "sampler": settings.scheduler,
             "eta": settings.eta,
             "shift": settings.shift,
+            "precision": settings.precision,
         },
     )

@@ -58,7 +58,7 @@ class GuidedModel:
 
     `labels` int64 `B` and `scales`, `B` numbers, belong to its samples. The weak prediction is that of `guide` for the
     same classes or, without a guide, that of the model for the null class, computed in the same batch, and only for
-    samples whose scale is not 1. Scale 0 of all samples without a guide is the unconditional model, at half the cost.
+    samples whose scale is not 1. Scale 0 without a guide is the model for the null class alone, in any schedule.
     The networks run under autocast to `half` if it is given; all else is float32. On one thread of a CPU, a sample has
     the same bits whatever else is in its batch.
     """
@@ -77,8 +77,9 @@ class GuidedModel:
         self._model, self._noise, self._guide, self._half = model, noise, guide, half
         self._guidance = guidance or Guidance()
         self._labels, self._null = labels, torch.full_like(labels, model.null_class)
-        if not any(scales) and not guide:
-            self._labels, scales = self._null, [1.0] * len(scales)
+        if not guide:
+            unconditional = torch.tensor([scale == 0 for scale in scales], device=labels.device)
+            self._labels, scales = torch.where(unconditional, self._null, labels), [scale or 1.0 for scale in scales]
         extra = torch.tensor(scales, device=labels.device)[:, None, None, None] - 1
         guided = [i for i, scale in enumerate(scales) if scale != 1]
         self._guided = slice(None) if len(guided) == len(scales) else torch.tensor(guided, device=labels.device)
@@ -89,13 +90,13 @@ class GuidedModel:
     def __call__(self, x: Tensor, timestep: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Return two estimates of x_0 from noisy latents `B C h w`: the guided one, and that which the remaining noise
         is computed from; they differ for cfg++ only. `timestep` is that of `level`, as a tensor on the device."""
-        weight = self._guidance.weight(level)
+        weight, first, self._first = self._guidance.weight(level), self._first, False
         if self._extra is None or not weight:
             clean = self._noise.clean(x, self._predict(self._model, x, timestep, self._labels), level)
             return clean, clean
         rows = self._guided
         strong, weak = self._both(x, timestep, rows)
-        guided, weak = self._combine(x[rows], strong[rows], weak, weight * self._extra, level)
+        guided, weak = self._combine(x[rows], strong[rows], weak, weight * self._extra, level, first=first)
         if isinstance(rows, slice):
             return guided, weak if self._guidance.form == "cfg++" else guided
         clean = self._noise.clean(x, strong, level)
@@ -123,7 +124,9 @@ class GuidedModel:
             parts = zip(x.split(CPU_ROWS), labels.split(CPU_ROWS), strict=True)
             return torch.cat([model(part, timestep, of_part).sample for part, of_part in parts])[:count].float()
 
-    def _combine(self, x: Tensor, strong: Tensor, weak: Tensor, extra: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    def _combine(
+        self, x: Tensor, strong: Tensor, weak: Tensor, extra: Tensor, level: Level, *, first: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return the guided and the weak estimate of x_0; `extra` is scale - 1, `B 1 1 1`."""
         form, noise = self._guidance.form, self._noise
         if form == "apg":
@@ -134,11 +137,10 @@ class GuidedModel:
         if form == "cfg_zero":
             weak = weak * (_dot(strong, weak) / _dot(weak, weak).clamp(min=1e-8))
         guided = strong + extra * (strong - weak)
-        if form == "cfg_zero" and self._first:
-            guided = torch.zeros_like(guided)
-        self._first = False
         if share := self._guidance.rescale:
             guided = guided * (1 - share + share * _std(strong) / _std(guided))
+        if form == "cfg_zero" and first:
+            guided = torch.zeros_like(guided)
         return noise.clean(x, guided, level), noise.clean(x, weak, level)
 
 

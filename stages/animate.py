@@ -22,7 +22,15 @@ from pipeline.pictures import captioned, grid, save_animation, save_png
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.unet import LatentUNet
 from pipeline.vae import FrozenVae
-from stages.sample import NOT_DRAWN, Drawing, choose_classes, require_checkpoint, resolve_sample_settings, summary
+from stages.sample import (
+    NOT_DRAWN,
+    Drawing,
+    choose_classes,
+    require_checkpoint,
+    resolve_sample_settings,
+    sources_of,
+    summary,
+)
 
 SUFFIXES = (".webp", ".gif")
 SMALLEST = 96  # pixels of an image in a frame
@@ -63,7 +71,8 @@ def animate(
     ends = _check_ends(config.sample, checkpoint, between_seeds, between_classes)
     kind = "seeds" if between_seeds else "classes" if between_classes else "denoising"
     settings = config.sample.model_dump_json(exclude={"per_class", *NOT_DRAWN})
-    described = [checkpoint.ema_sha256, f"{kind} {ends} {frames} {chosen}", settings]
+    sources = sources_of(config.sample, checkpoint).values()
+    described = [checkpoint.ema_sha256, f"{kind} {ends} {frames} {chosen}", settings, *sources]
     path = to or run / "animations" / f"{checkpoint.images_seen}-{kind}-{digest(described)[:8]}.webp"
     if path.exists() and not to:
         print(f"animate: all done: {path}")

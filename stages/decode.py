@@ -23,7 +23,7 @@ from data.cache.reader import FAILURES, LatentCache
 from data.cache.writer import Job
 from data.locks import claim
 from data.sources.generated import SAMPLES, write_npz
-from data.storage import parse_json, probe, publish, read, staged_folder, staged_path, strip_checksum, writing
+from data.storage import parse_json, publish, read, remove, staged_folder, staged_path, strip_checksum, writing
 from pipeline.config import Config, Sample
 from pipeline.config_file import load_config
 from pipeline.datasets import BATCH, Decoder, Latents
@@ -48,28 +48,30 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def sample_images(config: Config, run: Path, *, npz: bool = False, job: Job | None = None) -> None:
-    """Draw the samples that `config` describes and decode them, shard by shard; the processes of all jobs share it."""
+    """Draw the samples that `config` describes and decode them, shard by shard; the processes of all jobs share it.
+
+    ValueError as of `Samples` and `decode`.
+    """
     samples, job = Samples(config, run, job=job), job or Job()
     if samples.all_drawn():
         decode(config, samples.folder, npz=npz, job=job)
         return
-    probe(samples.folder, "--run")
     images = Images(samples.folder, samples.plan, config, job)
     with images.staged():
         samples.draw(images.write)
         images.meet()  # now the latents of all jobs are there
         latents = LatentCache(samples.folder)
-        chosen = np.arange(len(latents))
-        images.complete(latents, chosen, npz=npz)
+        images.write_missing(latents, chosen := np.arange(len(latents)))
     if job.number == 0:
-        images.publish_page(latents, chosen, anew=True)
+        images.write_summaries(latents, chosen, npz=npz, anew=True)
 
 
 def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = False, job: Job | None = None) -> Path:
     """Decode the samples in `folder` or, with `excerpt`, the first images of each class of the cache there.
 
     They become images/, grid.png, index.html and, with `npz`, samples.npz for ADM's evaluator: in `folder` or, with
-    `excerpt`, in its folder decoded/, which is returned. The processes of all jobs share the work.
+    `excerpt`, in its folder decoded/, which is returned. The processes of all jobs share the work. ValueError if there
+    are no latents, or if they are damaged or of another VAE.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no latents found: run {'encode' if excerpt else 'sample'} first")
@@ -81,20 +83,19 @@ def decode(config: Config, folder: Path, *, excerpt: bool = False, npz: bool = F
     chosen = _first_of_each_class(labels, config.sample.per_class) if excerpt else np.arange(len(latents))
     images = Images(out, latents.manifest, config, job)
     npz = npz or (out / NPZ).exists()  # or an older one would be of other images
-    if missing := not images.hold(latents, chosen, npz=npz):
+    if missing := not images.are_those_of(latents, chosen):
         with images.staged():
-            images.complete(latents, chosen, npz=npz)
+            images.write_missing(latents, chosen)
     if job.number == 0:
-        images.publish_page(latents, chosen, anew=missing)
+        images.write_summaries(latents, chosen, npz=npz, anew=missing)
     return out
 
 
 class Images:
-    """The image files of latents, a contact sheet and samples.npz, in the folder `out`.
+    """Writes the image files of latents to the folder `out`, and what sums them up: a sheet, a page and samples.npz.
 
     The folder of the files is filled under another name, by the processes of all jobs, and appears when all are there;
-    it replaces an older one, for example of another format. It is the last, so that the others fit to it whenever it is
-    there.
+    it replaces an older one, for example of another format.
     """
 
     def __init__(self, out: Path, plan: Plan, config: Config, job: Job) -> None:
@@ -110,22 +111,23 @@ class Images:
     def _names(self, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> list[str]:
         return [f"{row:06d}{self._classes[label][1]}" for row, label in zip(rows, labels, strict=True)]
 
-    def hold(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool) -> bool:
-        """Return whether the files are those of the latents `chosen`, and what is written before them is there."""
+    def are_those_of(self, latents: LatentCache, chosen: NDArray[np.int64]) -> bool:
+        """Return whether the files are there, and are those of the latents `chosen`, by their names."""
         names = self._names(latents.rows[chosen], latents.named_labels()[0][chosen])
-        files = (SHEET, NPZ) if npz else (SHEET,)
-        found = {file.name for file in (self._out / IMAGES).glob("[!.]*")}  # a file manager's begin with a dot
-        return found == set(names) and all((self._out / file).exists() for file in files)
+        return {file.name for file in (self._out / IMAGES).glob("[!.]*")} == {*names}  # a file manager's have a dot
 
     @contextlib.contextmanager
     def staged(self) -> Iterator[None]:
         """Fill the folder in this block, which every process enters."""
-        with contextlib.ExitStack() as stack:
-            if self._job.number == 0:
-                stack.enter_context(claim(self._out / ".locks" / IMAGES, "decoding"))
-                stack.enter_context(staged_folder(self._out / IMAGES))
+        if self._job.number:
             self.meet()
             yield
+            return
+        with claim(self._out / ".locks" / IMAGES, "decoding"), staged_folder(self._out / IMAGES):
+            self.meet()
+            yield
+            for name in (SHEET, NPZ):  # of older images
+                remove(self._out / name)
 
     def meet(self) -> None:
         """Wait for the processes of all jobs."""
@@ -148,52 +150,61 @@ class Images:
                 file.write(buffer.getbuffer())
         return len(batch.rows)
 
-    def complete(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool) -> None:
-        """Write those files of `chosen` that are missing, this job's share of them, and then what is made of all."""
-        labels, classes = latents.named_labels()
-        labels = labels[chosen]
-        names = self._names(latents.rows[chosen], labels)
-        share = np.array(self._job.share(len(chosen)))
+    def write_missing(self, latents: LatentCache, chosen: NDArray[np.int64]) -> None:
+        """Write this job's share of the files of `chosen`, but for those that `write` has written; wait for others."""
+        labels, started = latents.named_labels()[0][chosen], time.monotonic()
+        names, share = self._names(latents.rows[chosen], labels), self._job.share(len(chosen))
         missing = np.array([i for i in share if not (self._staged / names[i]).exists()], np.int64)
         parts = (missing[start : start + BATCH] for start in range(0, len(missing), BATCH))
         batches = (Latents(latents.rows[chosen[part]], labels[part], latents.means(chosen[part])) for part in parts)
-        started = time.monotonic()
-        with tqdm(total=len(missing), desc="decode", unit=" images", mininterval=1, disable=not len(missing)) as bar:
-            for count in self.write(batches):
-                bar.update(count)
         if len(missing):
+            with tqdm(total=len(missing), desc="decode", unit=" images", mininterval=1) as bar:
+                for count in self.write(batches):
+                    bar.update(count)
             rate = len(missing) / (time.monotonic() - started)
             print(f"decode: {len(missing):,} images in {self._out / IMAGES}, {rate:.0f} images/s")
         self.meet()
-        if self._job.number:
-            return
-        files = [self._staged / name for name in names]
-        if npz:
-            if self._format == "jpeg":
-                print(f"decode: {NPZ} has the pixels of JPEG files: for exact ones, set sample.image_format=png")
-            batches_of_files = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
-            pixels = in_threads(_read_images, batches_of_files, process_count("auto"))
-            write_npz(self._out / NPZ, pixels, latents.labels[chosen], self._plan.image_size)
-        shown = _first_of_each_class(labels, SHEET_PER_CLASS)
-        shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
-        sheet = contact_sheet(_read_images([files[i] for i in shown]), labels[shown].tolist(), classes)
-        save_png(sheet, self._out / SHEET)
 
-    def publish_page(self, latents: LatentCache, chosen: NDArray[np.int64], *, anew: bool) -> None:
-        """Write the page, unless it is there already and not to be written `anew`, and print where everything is."""
-        labels, _ = latents.named_labels()
-        images = list(zip(latents.rows[chosen].tolist(), labels[chosen].tolist(), strict=True))
-        page, file = _page(latents, images, self._classes, self._format), self._out / PAGE
-        where = f"contact sheet {self._out / SHEET}, page {file}"
-        if anew or not file.exists() or read(file) != page:
-            publish(file, page)
+    def write_summaries(self, latents: LatentCache, chosen: NDArray[np.int64], *, npz: bool, anew: bool) -> None:
+        """Write the sheet, the page and, with `npz`, samples.npz, if they are missing; print where they are.
+
+        `anew` tells that the images are new, so that the page is written in any case.
+        """
+        labels, classes = latents.named_labels()
+        rows, labels = latents.rows[chosen], labels[chosen]
+        files = [self._out / IMAGES / name for name in self._names(rows, labels)]
+        sheet, page, archive = (self._out / name for name in (SHEET, PAGE, NPZ))
+        if npz and not archive.exists():
+            if self._format == "jpeg":
+                print(f"decode: {archive} has the pixels of JPEG files: for exact ones, set sample.image_format=png")
+            parts = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
+            pixels = in_threads(_read_images, parts, process_count("auto"))
+            write_npz(archive, pixels, latents.labels[chosen], self._plan.image_size)
+            anew = True
+        if not sheet.exists():
+            shown = _first_of_each_class(labels, SHEET_PER_CLASS)
+            shown = shown[np.isin(labels[shown], np.unique(labels)[:SHEET_CLASSES])]
+            pixels_shown = _read_images([files[i] for i in shown])
+            save_png(contact_sheet(pixels_shown, labels[shown].tolist(), classes), sheet)
+            anew = True
+        images = list(zip(rows.tolist(), labels.tolist(), strict=True))
+        content, where = _page(latents, images, self._classes, self._format), f"contact sheet {sheet}, page {page}"
+        if anew or not page.exists() or read(page) != content:
+            publish(page, content)
             print(f"decode: {where}")
         else:
             print(f"decode: all done: {where}")
 
 
 def _read_images(files: list[Path]) -> NDArray[np.uint8]:
-    return np.stack([np.asarray(Image.open(file)) for file in files])
+    """Read image files of one size, uint8 `n S S 3`; ValueError with the name of a damaged one."""
+    pixels = []
+    for file in files:
+        try:
+            pixels.append(np.asarray(Image.open(file)))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+            raise ValueError(f"{file}: damaged ({error}): delete {file.parent} and run decode") from error
+    return np.stack(pixels)
 
 
 def _first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -212,7 +223,7 @@ def _page(latents: LatentCache, images: list[tuple[int, int]], classes: list[tup
 
     `classes` are names with the endings of their files. All text is data for the page's script: none becomes HTML.
     """
-    record = _recorded(latents.path)
+    record = recorded(latents.path)
     seeds = {each["index"]: str(each["seed"]) for each in record.get("images", []) if "seed" in each}
     data = {
         "title": latents.manifest.data_source,
@@ -230,7 +241,7 @@ def _page(latents: LatentCache, images: list[tuple[int, int]], classes: list[tup
     return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA, text).encode()
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
     """Read what `latentmill sample` recorded about the images in `folder`; empty if they are not samples."""
     file = folder / SAMPLES
     if not file.exists():

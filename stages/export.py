@@ -23,6 +23,7 @@ from pipeline.evaluation.receipt import table_of
 from pipeline.standalone import standalone_source
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.run_folder import CONFIG, EVAL
+from stages.decode import recorded
 from stages.sample import require_checkpoint, resolve_sample_settings
 
 _PICTURE = "samples.png"
@@ -159,7 +160,7 @@ def _grid(run: Path, checkpoint: Checkpoint) -> Path | None:
     """Return the newest folder of samples of these weights that has a contact sheet."""
     folders = sorted((file.parent for file in run.glob("samples/*/grid.png")), key=lambda each: each.stat().st_mtime)
     for folder in reversed(folders):
-        if json.loads(read(folder / "samples.json"))["ema_sha256"] == checkpoint.ema_sha256:
+        if recorded(folder).get("ema_sha256") == checkpoint.ema_sha256:
             return folder
     return None
 
@@ -212,7 +213,7 @@ def _card(
 
 def _caption(folder: Path) -> str:
     """Return the contact sheet of a folder of samples in Markdown, with a caption."""
-    drawn = json.loads(read(folder / "samples.json"))["sample"]
+    drawn = recorded(folder)["sample"]
     how = f"guidance {drawn['guidance']:g} in {drawn['steps']} steps of {drawn['scheduler']}"
     return f"\n![Samples of the model, by class]({_PICTURE})\n\nSamples that were not selected, with {how}.\n"
 

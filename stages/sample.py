@@ -41,15 +41,15 @@ def sample(
 ) -> Path:
     """Draw the samples that `config` describes, as `Samples.draw` does; return the folder with their latents."""
     samples = Samples(config, run, checkpoint=checkpoint, to=to, job=job)
-    samples.draw()
+    if not samples.all_drawn():
+        samples.draw()
     return samples.folder
 
 
 class Samples:
-    """The samples that a config describes: `sample.per_class` of every requested class, from `checkpoint` or the newest
-    one of the run.
+    """Draws the samples that a config describes: `sample.per_class` of every requested class.
 
-    `folder` holds their latents: `to`, or one in the run's folder. It is complete when the last job is done.
+    `folder` holds their latents and is complete when the last job is done; `plan` describes them.
     """
 
     def __init__(
@@ -61,33 +61,41 @@ class Samples:
         to: Path | None = None,
         job: Job | None = None,
     ) -> None:
+        """Take `checkpoint` or the newest one of the run; the folder is `to`, or one in the run's folder.
+
+        ValueError, before anything is written, for settings that are impossible.
+        """
         self._checkpoint = checkpoint = checkpoint or require_checkpoint(run)
         self._config, chosen = resolve_sample_settings(config, checkpoint)
         per_class = self._config.sample.per_class
         self._labels = labels = np.tile(np.array(chosen), per_class)  # the first stay the same when more are drawn
+        self._sources = sources_of(self._config.sample, checkpoint)
         self.folder = to or sample_folder(self._config, run, checkpoint)
         names = checkpoint.state.classes
         keys = [f"{names[label]}/{index:06d}" for index, label in enumerate(labels)]
         rows = Rows(keys, labels, tuple(names), [""] * len(keys), np.arange(len(keys)))
-        self._writer = CacheWriter(self.folder, _plan(self._config, run, checkpoint, len(labels)), rows, job)
-        self.plan = self._writer.plan
+        self.plan = _plan(self._config, run, checkpoint, len(labels), self._sources)
+        self._writer = CacheWriter(self.folder, self.plan, rows, job)
+        self._drawing: Drawing | None = None
+        if not self._writer.is_done():
+            self._drawing = Drawing(self._config.sample, checkpoint, labels)
+            probe(self.folder, "--run")
 
     def all_drawn(self) -> bool:
         """Return whether nothing is left to draw, with a message."""
-        if done := self._writer.is_done():
-            print(f"sample: all done: {self.folder}")
-        return done
+        if self._drawing:
+            return False
+        print(f"sample: all done: {self.folder}")
+        return True
 
     def draw(self, use: Callable[[Iterator[Latents]], Iterator[Any]] | None = None) -> None:
         """Draw the samples of this job that are missing; they pass through `use`, once they are written."""
-        if self.all_drawn():
-            return
-        probe(self.folder, "--run")
         writer = self._writer
         with writer.claimed():
             if writer.job.number == 0:
-                publish_checked(self.folder / SAMPLES, _description(self._config, self._checkpoint, self._labels))
-            pending = writer.pending()
+                description = _description(self._config, self._checkpoint, self._labels) | self._sources
+                publish_checked(self.folder / SAMPLES, description)
+            pending = writer.pending(dealt=True)
             count, started = sum(len(self.plan.rows_of(shard)) for shard in pending), time.monotonic()
             with tqdm(total=count, unit=" images", desc="sample", mininterval=1) as bar:
                 drawn = self._missing(pending, bar)
@@ -101,14 +109,16 @@ class Samples:
 
     def _missing(self, pending: list[int], bar: tqdm) -> Iterator[Latents]:
         """Draw the shards `pending`, batch by batch, and write each when it is complete; yield its usable samples."""
-        draw = Drawing(self._config.sample, self._checkpoint, self._labels)
+        assert self._drawing, "all are drawn"
         every = [np.array(self.plan.rows_of(shard)) for shard in pending]
         drawn = torch.empty(0)
-        for latents in draw.batches(np.concatenate([np.empty(0, np.int64), *every])):
+        for latents in self._drawing.batches(np.concatenate([np.empty(0, np.int64), *every])):
             drawn = torch.cat([drawn, latents]) if len(drawn) else latents
             bar.update(len(latents))
             while every and len(drawn) >= (size := len(every[0])):
-                rows, moments, drawn = every.pop(0), drawn[:size].numpy().astype(self.plan.dtype), drawn[size:]
+                with np.errstate(over="ignore"):  # an infinite value becomes a failure
+                    moments = drawn[:size].numpy().astype(self.plan.dtype)
+                rows, drawn = every.pop(0), drawn[size:]
                 failed = self._writer.write(EncodedShard(pending.pop(0), rows, moments[:, None], {}))
                 usable = ~np.isin(rows, [failure.row for failure in failed])
                 yield Latents(rows[usable], self._labels[rows[usable]], moments[usable])
@@ -131,12 +141,15 @@ def resolve_sample_settings(config: Config, checkpoint: Checkpoint) -> tuple[Con
         state.classes[_find_class(name, state.classes, "sample.guidance_by_class")]: scale
         for name, scale in requested.guidance_by_class.items()
     }
-    guidance, line = requested.guidance, ""
+    guidance = requested.guidance
     if not requested.guide:  # without one, the null class guides
-        guidance, line = usable_guidance(guidance, without_class=state.without_class, classes=len(state.classes))
-    if line:
-        print(line)
-        by_class = {}
+        usable = [
+            usable_guidance(scale, without_class=state.without_class, classes=len(state.classes))
+            for scale in (guidance, *by_class.values())
+        ]
+        if lines := [line for _, line in usable if line]:
+            print(lines[0])
+            guidance, by_class = usable[0][0], {}
     every = chosen == list(range(len(state.classes)))
     names = () if every else tuple(state.classes[kind] for kind in chosen)
     resolved = requested.changed(guidance=guidance, guidance_by_class=by_class, classes=names)
@@ -194,15 +207,28 @@ def _find_class(wanted: str, names: Sequence[str], field: str) -> int:
     return same[0]
 
 
+def sources_of(settings: Sample, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the hashes of what samples depend on beside their settings and the model: of the weights of a guide, and
+    of a cache of images to start from."""
+    sources = {}
+    if settings.guide:
+        sources["guide_sha256"] = _open_guide(settings.guide, checkpoint).ema_sha256
+    if settings.start_from:
+        sources["start_from_sha256"] = LatentCache(settings.start_from).manifest.sha256()
+    return sources
+
+
 def sample_folder(config: Config, run: Path, checkpoint: Checkpoint) -> Path:
-    """Return the folder of the samples; its name states how they are drawn, and a digest of the classes if not all."""
+    """Return the folder of the samples. Its name states the main settings, with a digest of all others and of what they
+    depend on."""
     s = config.sample
     tag = f"{checkpoint.images_seen}-{s.scheduler}{s.steps}-guidance{s.guidance:g}-seed{s.seed}-{s.per_class}each"
     if s.precision != "auto":
         tag += f"-{s.precision}"
     shown = {"scheduler", "steps", "guidance", "seed", "per_class", "precision", *NOT_DRAWN}
     if others := s.model_dump(mode="json", exclude_defaults=True, exclude=shown):
-        tag += "-" + digest([json.dumps(others["classes"] if [*others] == ["classes"] else others)])[:8]
+        sources = sources_of(s, checkpoint).values()
+        tag += "-" + digest([json.dumps(others["classes"] if [*others] == ["classes"] else others), *sources])[:8]
     return run / "samples" / tag
 
 
@@ -332,7 +358,7 @@ def _shard_rows(count: int) -> int:
     return max(1 << min(max((count // 64).bit_length() - 1, 4), 10), least_shard_rows(count))
 
 
-def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan:
+def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int, sources: dict[str, str]) -> Plan:
     stored = checkpoint.model_config()
     weights = checkpoint.ema_sha256
     return Plan(
@@ -346,7 +372,7 @@ def _plan(config: Config, run: Path, checkpoint: Checkpoint, count: int) -> Plan
         classes=checkpoint.state.classes,
         data_source=f"samples of {run.resolve().name}",
         data_bytes=0,
-        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude=NOT_DRAWN)]),
+        data_fingerprint=digest([weights, config.sample.model_dump_json(exclude=NOT_DRAWN), *sources.values()]),
         image_size=checkpoint.state.image_size,
         preprocessing="none: drawn from a model",
         vae=checkpoint.state.vae,

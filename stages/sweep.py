@@ -23,7 +23,15 @@ from pipeline.device import pick_device
 from pipeline.pictures import grid, save_png
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.vae import FrozenVae
-from stages.sample import NOT_DRAWN, Drawing, choose_classes, require_checkpoint, resolve_sample_settings, summary
+from stages.sample import (
+    NOT_DRAWN,
+    Drawing,
+    choose_classes,
+    require_checkpoint,
+    resolve_sample_settings,
+    sources_of,
+    summary,
+)
 
 SMALLEST = 96  # pixels of an image in a picture
 MAX_VALUES = 100  # more rows or columns would be a picture of gigabytes
@@ -62,6 +70,8 @@ def sweep(config: Config, run: Path, rows: str | None, columns: str | None, to: 
     axes = read_axes(checkpoint, rows, columns)
     cells = make_cells(config, checkpoint, axes, chosen[0])
     described = [checkpoint.ema_sha256]
+    for settings in {(cell.settings.guide, cell.settings.start_from): cell.settings for cell in cells}.values():
+        described += sources_of(settings, checkpoint).values()
     for cell in cells:
         described.append(f"{cell.label} {cell.scale} {cell.settings.model_dump_json(exclude=_WITHOUT_EFFECT)}")
     name = f"{checkpoint.images_seen}-{axes[0].key}-{axes[1].key}-{digest(described)[:8]}.png"
@@ -168,10 +178,9 @@ def draw_cells(config: Config, checkpoint: Checkpoint, cells: Sequence[Cell]) ->
     kinds = np.unique(
         [cell.label for cell in cells]
     )  # of each class, an image of start_from is that of its first sample
-    groups: dict[tuple[str, bool], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for number, cell in enumerate(cells):
-        shared = cell.settings.model_dump_json(exclude={"guidance", "seed"})
-        groups.setdefault((shared, cell.scale == 0), []).append(number)  # guidance 0 is computed in a way of its own
+        groups.setdefault(cell.settings.model_dump_json(exclude={"guidance", "seed"}), []).append(number)
     latents: dict[int, torch.Tensor] = {}
     model = None
     with tqdm(total=len(cells), unit=" images", desc="sweep", mininterval=1) as bar:

@@ -107,9 +107,15 @@ class CacheWriter:
                 self._start()
             yield
 
-    def pending(self) -> list[int]:
-        """Return the numbers of this job's shards that are not written yet."""
-        missing = [i for i in self.job.share(self.plan.shard_count) if not self._record(i).exists()]
+    def pending(self, *, dealt: bool = False) -> list[int]:
+        """Return the numbers of this job's shards that are not written yet.
+
+        Its shards are adjacent ones or, `dealt`, every n-th of n jobs: what another number of jobs has left is then
+        shared evenly. All jobs must be given the same.
+        """
+        every = range(self.plan.shard_count)
+        mine = every[self.job.number :: self.job.jobs] if dealt else self.job.share(len(every))
+        missing = [i for i in mine if not self._record(i).exists()]
         return [] if self.is_done() else missing  # checked last: a finishing job deletes the records
 
     def rows_to_encode(self, shard: int) -> NDArray[np.int64]:
@@ -128,7 +134,7 @@ class CacheWriter:
         with np.errstate(over="ignore"):  # an overflow is found below and becomes a failure
             values[rows - every.start] = moments
         broken = rows[~np.isfinite(values[rows - every.start]).all(axis=(1, 2, 3, 4))]
-        reasons = {int(row): "the VAE's output is NaN or infinite" for row in broken} | dict(failures)
+        reasons = {int(row): "its latents are NaN or infinite" for row in broken} | dict(failures)
         if kept and kept.rows:
             values[np.array(kept.rows, np.int64) - every.start] = self._kept_values(number, kept)
         reasons |= {failure.row: failure.reason for failure in kept.failures} if kept else {}
@@ -284,7 +290,7 @@ class CacheWriter:
             others = (self._format.FOLDER, *self._format.OTHER_FILES, ROWS, FAILURES, DIGESTS)
             for name in (RECORDS, *others, PLAN):  # not the folder itself: it may hold other files
                 remove(self.path / name)
-            raise ValueError(f"no image could be encoded: {failures[0].key}: {failures[0].reason}")
+            raise ValueError(f"no image has latents: {failures[0].key}: {failures[0].reason}")
         labels = self.rows.labels.copy()
         labels[[failure.row for failure in failures]] = FAILED
         files = {

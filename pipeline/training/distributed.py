@@ -37,7 +37,6 @@ def connect(precision: str) -> Accelerator:
     device = pick_device()
     if precision == "auto":
         precision = "bf16" if bf16_is_faster(device) else "fp32"
-    torch.backends.cudnn.benchmark = True  # all training steps have the same shapes
     # large buckets, because a compiled backward pass is split at each of them
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=100)
     timeout = InitProcessGroupKwargs(timeout=_TIMEOUT)

@@ -56,6 +56,7 @@ class Trainer:
         """Set up a run of `config` in the folder `run`, resumed from `checkpoint` or from scratch."""
         settings = config.train
         assert settings.batch_size != "auto"
+        torch.backends.cudnn.benchmark = True  # all training steps have the same shapes
         self.config, self.run, self.accelerator = config, run, accelerator
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.sharded = accelerator.distributed_type == "FSDP"

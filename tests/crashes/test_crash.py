@@ -141,7 +141,7 @@ def test_a_cache_without_any_image_that_is_killed_anywhere_can_be_encoded_again(
     first.run(whole)
 
     def refused(path: Path) -> None:
-        with pytest.raises(ValueError, match=r"no image could be encoded: 0\.png: asleep"):
+        with pytest.raises(ValueError, match=r"no image has latents: 0\.png: asleep"):
             hopeless.run(path)
         assert entries(path) == {}
 

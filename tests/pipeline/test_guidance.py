@@ -74,7 +74,7 @@ def test_guidance_interpolates_and_extrapolates_between_two_models() -> None:
 
 def test_every_sample_has_a_scale_of_its_own_and_only_guided_ones_cost_twice() -> None:
     model = Counted()
-    scales = [1.0, 3.0, 1.0, 0.0] * (COUNT // 4)
+    scales = [1.0, 3.0, 3.0, 0.0] * (COUNT // 4)
     mixed = estimate(scales, model=model)
     assert model.images == COUNT + COUNT // 2
     for i, scale in enumerate(scales[:4]):
@@ -143,6 +143,24 @@ def test_cfg_zero_scales_the_weak_velocity_as_diffusers_does_and_begins_at_rest(
     assert torch.equal(ours(X, TIME, LEVEL)[0], X)
     weak = weak * cfg_zero_star_scale(strong.flatten(1), weak.flatten(1)).view(-1, 1, 1, 1)
     assert torch.allclose(ours(X, TIME, LEVEL)[0], clean(weak + 3 * (strong - weak)), atol=1e-4)
+
+
+def test_cfg_zero_is_at_rest_in_the_first_step_alone_also_when_rescaled() -> None:
+    rescaled = guided(3.0, Guidance(form="cfg_zero", rescale=0.5))
+    assert torch.equal(rescaled(X, TIME, LEVEL)[0], X)
+    assert torch.isfinite(rescaled(X, TIME, LEVEL)[0]).all()
+    late = guided(3.0, Guidance(form="cfg_zero", interval=(0.1, 5)))
+    noisiest = FLOW.levels(2)[0]  # outside the interval
+    late(X, torch.tensor(noisiest.timestep), noisiest)
+    assert not torch.equal(late(X, TIME, LEVEL)[0], X)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(schedule="linear"), Guidance(interval=(2, 3), rescale=0.5)])
+def test_scale_0_is_the_null_class_whatever_else_is_in_the_batch(guidance: Guidance) -> None:
+    alone = estimate(0.0, guidance)
+    mixed = estimate([0.0, 3.0] * (COUNT // 2), guidance)
+    assert torch.equal(mixed[::2], alone[::2])
+    assert torch.allclose(alone, clean(predictions()[1]), atol=1e-5)
 
 
 def test_cfg_plus_plus_takes_the_remaining_noise_from_the_weak_prediction() -> None:

@@ -155,6 +155,24 @@ def test_what_a_killed_decode_left_half_done_is_done_again(world: World, run: Pa
     assert tree(folder) == whole
 
 
+@pytest.mark.parametrize("lost", ["grid.png", "samples.npz", "index.html"])
+def test_what_sums_the_images_up_is_made_of_the_files_again(
+    world: World, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """They need no decoding, so a disk that is too full for samples.npz costs nothing else."""
+    succeed("decode", world.config, run, more=("--npz",))
+    whole = tree(folder)
+    (folder / lost).unlink()
+    monkeypatch.setattr(Images, "_write", failing)
+    for name in ("write_npz", "save_png", "publish"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"stages.decode.{name}", failing)
+            run_stage("decode", world.config, run, more=("--npz",))
+        assert tree(folder).keys() == whole.keys() - {lost} or tree(folder) == whole
+    succeed("decode", world.config, run, more=("--npz",))
+    assert tree(folder) == whole
+
+
 def test_samples_that_were_interrupted_are_completed_and_so_are_their_images(
     world: World, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,7 +213,7 @@ def test_latents_that_are_not_finite_are_recorded_and_never_committed(
     assert "30 committed + 10 failed = 40 listed" in encode(config)  # the second of every batch of four
     cache = LatentCache(config.parent / "cache")
     assert np.isfinite(cache.read(np.arange(len(cache)))).all()
-    assert {line["reason"] for line in cache.lines(FAILURES)} == {"the VAE's output is NaN or infinite"}
+    assert {line["reason"] for line in cache.lines(FAILURES)} == {"its latents are NaN or infinite"}
 
 
 def test_a_precision_is_recorded_and_that_of_a_cache_stays(config: Path) -> None:

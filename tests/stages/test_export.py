@@ -20,12 +20,13 @@ from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from data.storage import publish_checked, publish_json
+from data.storage import publish_checked
 from pipeline.config import Sample
 from pipeline.diffusers_pipeline import load_pipeline
 from pipeline.sampling import draw_samples, image_generators
 from pipeline.training.checkpoint import newest_checkpoint
 from stages.cli import main
+from stages.export import _grid
 from tests.helpers.hub import local_hub
 from tests.helpers.models import CPU
 from tests.helpers.world import CLASSES, World, run_stage, succeed, train_on
@@ -283,7 +284,8 @@ def test_the_card_has_the_newest_figures_of_these_weights(world: World, tmp_path
         os.utime(file, (time, time))
     for samples in (run / "samples").iterdir():  # of other weights
         said = json.loads((samples / "samples.json").read_text(encoding="utf-8"))
-        publish_json(samples / "samples.json", {**said, "ema_sha256": "other"})
+        del said["sha256"]
+        publish_checked(samples / "samples.json", {**said, "ema_sha256": "other"})
     succeed("export", world.config, run, more=("--to", str(tmp_path / "out")))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| KD-Net x1000 | 2,000 |" in card
@@ -337,3 +339,12 @@ def test_model_index_names_the_code_by_its_contents(exported: Path) -> None:
     for module, file in ((index["_class_name"][0], "."), (index["unet"][0], "unet")):
         code = (exported / file / f"{module}.py").read_bytes()
         assert module.endswith(hashlib.sha256(code).hexdigest()[:12])
+
+
+def test_samples_without_a_record_are_no_picture_of_the_card(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    checkpoint, _ = newest_checkpoint(run)
+    assert checkpoint
+    assert (_grid(run, checkpoint) or tmp_path).name == world.samples.name
+    next(run.glob("samples/*/samples.json")).unlink()
+    assert _grid(run, checkpoint) is None

@@ -18,6 +18,7 @@ from data.cache.reader import LatentCache
 from data.cache.writer import Job
 from pipeline.compatibility import usable_guidance
 from pipeline.config_file import load_config
+from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.setup import build_model
 from stages.sample import choose_classes, sample
 from tests.helpers.world import (
@@ -110,6 +111,8 @@ def test_without_a_null_class_guidance_is_one_and_every_place_says_so(world: Wor
     assert json.loads((folder / "samples.json").read_text(encoding="utf-8"))["sample"]["guidance"] == 1
     before = tree(tmp_path)
     assert succeed("sample", world.config, tmp_path, "sample.guidance=1").startswith("sample: all done")
+    of_a_class = ("sample.guidance=1", f"sample.guidance_by_class={{{CLASSES[0]}: 3}}")
+    assert f"sample.guidance = 1, not 3: {untrained}" in succeed("sample", world.config, tmp_path, *of_a_class)
     assert "all done" in succeed("decode", world.config, tmp_path, "sample.guidance=3")
     assert tree(tmp_path) == before
     preview = tmp_path / "previews" / "000000008.png"
@@ -238,7 +241,7 @@ def test_every_batch_size_and_number_of_processes_draws_the_same_bytes(
     world: World, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     overrides = [*settings, "sample.per_class=20"]
-    names = "{" + ", ".join(f"'{name}': {1 + 2 * i}" for i, name in enumerate(CLASSES)) + "}"
+    names = "{" + ", ".join(f"'{name}': {2 * i}" for i, name in enumerate(CLASSES)) + "}"
     overrides = [re.sub(r"by_class=.*", f"by_class={names}", each) for each in overrides]
     shards = []
     for batch_size, jobs in ((1, 1), (5, 3), (64, 2)):
@@ -278,6 +281,11 @@ def test_a_weaker_model_guides_and_must_fit(world: World, tmp_path: Path) -> Non
     every, close = np.arange(len(alone)), {"rtol": 1e-2, "atol": 1e-2}
     assert np.allclose(guided.read(every), conditional.read(every), **close)  # a model guides itself nowhere
     assert not np.allclose(alone.read(every), conditional.read(every), **close)
+    guide = Path(shutil.copytree(world.run, tmp_path / "guide"))
+    for left in (2, 1):  # checkpoints of the guide, of which the newest guides
+        succeed("sample", world.config, run, f"sample.guide={guide}", more=("--latents",))
+        assert len([*(run / "samples").iterdir()]) == 6 - left
+        shutil.rmtree(checkpoint_folders(guide)[-1])
     other = tmp_path / "other"
     succeed("train", world.config, other, "train.normalization=vae", "train.images=16")
     result = run_stage("sample", world.config, run, f"sample.guide={other}")

@@ -220,7 +220,7 @@ def test_values_that_are_not_finite_are_never_committed(
 def test_a_cache_without_any_image_is_refused_and_leaves_nothing(
     path: Path, plan: Plan, rows: Rows, moments: Moments
 ) -> None:
-    with pytest.raises(ValueError, match=r"no image could be encoded: cat/0\.png: unreadable"):
+    with pytest.raises(ValueError, match=r"no image has latents: cat/0\.png: unreadable"):
         write(path, plan, rows, moments, dict.fromkeys(range(75), "unreadable"))
     assert CacheWriter(path, plan, rows).pending() == [0, 1, 2]  # an encode after the images were mended starts anew
     assert len(write(path, plan, rows, moments)) == 75

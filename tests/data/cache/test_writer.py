@@ -444,7 +444,7 @@ def test_a_cache_without_any_image_leaves_nothing_but_what_was_there(
         writer.redo(range(plan.rows))
         write(writer, moments, dict.fromkeys(range(plan.rows), "asleep"))
         writer.write_failures()
-        with pytest.raises(ValueError, match=r"^no image could be encoded: cat/0\.png: asleep$"):
+        with pytest.raises(ValueError, match=r"^no image has latents: cat/0\.png: asleep$"):
             writer.finish()
     assert entries(path) == {".hidden": b"dear to somebody"}
     encode(CacheWriter(path, plan, rows), moments)
