@@ -4,8 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 import data.storage
 from data.locks import claim, holder
 from data.storage import free_bytes, probe, publish, remove, staged_folder
+from tests.helpers.locks import HOLD, another_process_holding
 
 
 class Crash(Exception):  # noqa: N818 - it stands for the end of the process
@@ -140,27 +139,6 @@ def test_removing_takes_files_folders_and_links_but_not_what_a_link_shows(tmp_pa
     assert (target / "file").exists()
     remove(target)
     assert not target.exists()
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from data.locks import claim
-
-with claim(Path(sys.argv[1]), "job 1/2"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process_holding(lock: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds `lock` until its input ends."""
-    command, pipe = [sys.executable, "-c", HOLD, str(lock)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[2]) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
 
 
 def test_a_lock_keeps_a_second_process_out_and_names_the_first(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from data.cache.reader import LatentCache
 from data.loader import LatentLoader
 from pipeline.training.checkpoint import checkpoint_folders
 from tests.helpers.imports import ROOT
+from tests.helpers.locks import another_process_holding
 from tests.helpers.world import World, log_of, run_stage, succeed, tree
 
 # 100 steps with dropout, posterior noise, label dropout, a learned weighting and two averages
@@ -128,12 +129,9 @@ def test_a_run_that_is_killed_and_signalled_ends_as_one_that_was_not(world: Worl
     assert_same(tmp_path, alone)
 
 
-def test_two_processes_that_are_killed_and_signalled_end_as_those_that_were_not(
-    world: World, pair: Path, tmp_path: Path
-) -> None:
+def test_two_processes_that_are_signalled_end_as_those_that_were_not(world: World, pair: Path, tmp_path: Path) -> None:
     """A signal reaches one of them or their launcher. It kills those that are left, soon after one has gone, so none
     goes while another is still saving."""
-    kill(start(world, tmp_path, 2), tmp_path, 7)
     process = start(world, tmp_path, 2, module="tests.helpers.slow_disk")
     with after_lines(process, tmp_path, 9):
         second = worker(process, 1)
@@ -223,14 +221,11 @@ def test_what_one_process_reads_as_not_a_number_stops_both_before_the_update(wor
 
 
 def test_a_second_launch_on_a_run_is_refused_and_told_of_the_first(world: World, tmp_path: Path) -> None:
-    process = start(world, tmp_path, 1)
-    with after_lines(process, tmp_path, 1):
-        process.send_signal(signal.SIGSTOP)
+    with another_process_holding(tmp_path / ".locks" / "train") as process:
         result = run_stage("train", world.config, tmp_path)
-        process.kill()
-        process.communicate(timeout=60)
     assert result.exit_code == 2
-    assert f"training, process {process.pid} on " in result.stderr
+    assert f"job 1/2, process {process.pid} on " in result.stderr
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
