@@ -224,12 +224,11 @@ def _page(latents: LatentCache, images: list[tuple[int, int]], classes: list[tup
     `classes` are names with the endings of their files. All text is data for the page's script: none becomes HTML.
     """
     record = recorded(latents.path)
-    seeds = {each["index"]: str(each["seed"]) for each in record.get("images", []) if "seed" in each}
     data = {
         "title": latents.manifest.data_source,
         "size": latents.manifest.image_size,
         "classes": classes,
-        "images": [(row, kind, seeds[row]) if row in seeds else (row, kind) for row, kind in images],
+        "images": images,
         "settings": [],
         "summary": [],
         "command": "",
@@ -272,18 +271,12 @@ def _drawn(record: dict[str, Any], format_: str) -> dict[str, Any]:
         if name not in configured or value != configured[name]:
             words += ["--set", f"sample.{name}={_text(value)}"]
     left_out = {"classes", "per_class", "batch_size"}
-    if any("seed" in image for image in record["images"]):  # each is shown with its own
-        left_out.add("seed")
     usual = Sample().model_dump(mode="json", exclude={"steps", "guidance", "seed"})
     shown = {name: value for name, value in settings.items() if name not in left_out and value != usual.get(name)}
     sampler, steps, guidance = settings["scheduler"], shown["steps"], shown["guidance"]
     shown.pop("scheduler", None)
     return {
-        "summary": [
-            f"{sampler}, {steps} steps",
-            f"guidance {guidance:g}",
-            *([f"seed {shown['seed']}"] if "seed" in shown else []),
-        ],
+        "summary": [f"{sampler}, {steps} steps", f"guidance {guidance:g}", f"seed {shown['seed']}"],
         "settings": [
             ("sampler", sampler),
             *((name.replace("_", " "), _text(value)) for name, value in shown.items()),

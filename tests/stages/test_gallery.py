@@ -36,7 +36,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
-    """The page of three thousand images with seeds of their own."""
+    """The page of three thousand images."""
     folder = tmp_path_factory.mktemp("many") / "samples"
     vae = FrozenVae(str(world.config.parent / "vae"))
     labels = np.arange(MANY) % len(NAMES)
@@ -64,7 +64,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
         writer.finish()
     record = json.loads((world.samples / "samples.json").read_text())
     del record["sha256"]
-    record["images"] = [{"index": i, "label": i % 4, "class": NAMES[i % 4], "seed": MANY - i} for i in range(MANY)]
+    record["images"] = [{"index": i, "label": i % 4, "class": NAMES[i % 4]} for i in range(MANY)]
     publish_checked(folder / "samples.json", record)
     return decode(load_config(world.config), folder) / "index.html"
 
@@ -108,12 +108,12 @@ def choose(page: Browser, order: str) -> None:
 
 def test_thousands_of_images_are_counted_but_only_those_in_sight_are_built(page: Browser) -> None:
     assert page.run("document.title") == "samples of many"
-    assert count(page).startswith("3,000 images · 4 classes · unipc, 2 steps · guidance 2")
+    assert count(page).startswith("3,000 images · 4 classes · unipc, 2 steps · guidance 2 · seed 0")
     assert headings(page) == ["cat"]
-    assert captions(page)[:3] == ["0 · seed 3000", "4 · seed 2996", "8 · seed 2992"]
+    assert captions(page)[:3] == ["0", "4", "8"]
     assert 20 < len(captions(page)) < 300
     page.run("scrollTo(0, document.documentElement.scrollHeight)")
-    assert captions(page)[-1] == f"{MANY - 1} · seed 1"
+    assert captions(page)[-1] == f"{MANY - 1}"
     assert headings(page) == []
     assert len(captions(page)) < 300
     thumbs = "[...document.querySelectorAll('.thumb img')]"
@@ -137,14 +137,12 @@ def test_the_filter_keeps_the_classes_with_one_of_its_words(page: Browser) -> No
     assert not page.run("dialog.open")
 
 
-def test_images_are_sorted_by_class_by_index_or_by_seed(page: Browser) -> None:
+def test_images_are_sorted_by_class_or_by_index(page: Browser) -> None:
     choose(page, "index")
-    assert captions(page)[:2] == ["0 · seed 3000", "1 · seed 2999"]
+    assert captions(page)[:2] == ["0", "1"]
     assert headings(page) == []
-    choose(page, "seed")
-    assert captions(page)[:2] == ["2999 · seed 1", "2998 · seed 2"]
     choose(page, "kind")
-    assert captions(page)[:2] == ["0 · seed 3000", "4 · seed 2996"]
+    assert captions(page)[:2] == ["0", "4"]
 
 
 def test_the_name_of_a_class_is_text_wherever_it_stands(page: Browser) -> None:
