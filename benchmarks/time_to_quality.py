@@ -51,7 +51,7 @@ from stages.encode import encode, parse_job
 from stages.evaluate import Evaluation
 
 RATES = (1e-4, 3e-4, 1e-3)
-GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0), (20, 50)
+GUIDANCES, STEPS = (1.5, 2.0, 3.0, 4.0, 6.0), (20, 50)
 CHOSEN_WITH = 300  # samples that a learning rate, a guidance or a number of steps is chosen with
 BATCH = 250
 ROUNDS, STEPS_A_ROUND = 8, 5  # of which the median is a peer's images/s
