@@ -146,14 +146,14 @@ def extended(place: Place) -> None:
 
 def damages(name: str, payload: bytes) -> dict[str, bytes]:
     """What may become of a file; of the rows, another label too. Of JSON, a bit in the middle is another value."""
-    places = {len(payload) - 3} if payload else set()
+    if not payload:
+        return {"longer": b"\0"}
+    places = {len(payload) - 3}
     if name.endswith((".json", ".jsonl")):
         places.add(len(payload) // 2)
     if name == ROWS:
         places.add(payload.index(b'"label": ') + len(b'"label": '))
     found = {f"bit of byte {i}": payload[:i] + bytes([payload[i] ^ 1]) + payload[i + 1 :] for i in sorted(places)}
-    if not payload:
-        return {"longer": b"\0"}
     empty = {"empty": b""} if name.endswith((".json", ".jsonl")) else {}
     return found | {"truncated": payload[: len(payload) // 2]} | empty
 
