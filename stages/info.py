@@ -97,8 +97,7 @@ def _save_pairs(latents: LatentCache, source: Source, vae: FrozenVae, file: Path
     index = {key: i for i, key in enumerate(source.keys)}
     keys = latents.keys()
     images = source.load([index[keys[i]] for i in chosen]).pixels
-    channels = latents.manifest.latent_channels
-    means = torch.from_numpy(latents.read_verified(chosen)[:, 0, :channels].astype(np.float32))
+    means = torch.from_numpy(latents.means(chosen).astype(np.float32))
     decoded = torch.cat([to_images(vae.decode(part)) for part in means.split(4)]).cpu().numpy()
     psnrs = [_psnr(a, b) for a, b in zip(images, decoded, strict=True)]
     labels, classes = latents.named_labels()
@@ -120,7 +119,7 @@ def _save_histogram(latents: LatentCache, file: Path) -> None:
     manifest: Manifest = latents.manifest
     channels = manifest.latent_channels
     chosen = np.unique(np.linspace(0, len(latents) - 1, SAMPLED).astype(np.int64))
-    means = latents.read_verified(chosen)[:, 0, :channels].astype(np.float32)
+    means = latents.means(chosen).astype(np.float32)
     columns = min(4, channels)
     rows = -(-channels // columns)
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
