@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.storage import probe
 from data.text import digest
 from pipeline.config import Config, Sample
-from pipeline.device import pick_device
+from pipeline.device import halving, pick_device
 from pipeline.pictures import captioned, grid, save_animation, save_png
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.unet import LatentUNet
@@ -113,13 +113,14 @@ def _check_ends(
 
 def denoising_film(settings: Sample, checkpoint: Checkpoint, labels: NDArray[np.int64], frames: int) -> Film:
     """Show what the model expects x_0 to be, in at most `frames` of its evaluations, for a sample of each class."""
-    drawing, size = Drawing(settings, checkpoint, labels), settings.batch_size
-    batches = []
-    for start in range(0, len(labels), size):
+    drawing = Drawing(settings, checkpoint, labels)
+
+    def draw(batch: NDArray[np.int64]) -> Tensor:
         estimates: list[Tensor] = []
-        drawing(np.arange(start, min(start + size, len(labels))), on_clean=estimates.append)
-        batches.append(torch.stack(estimates))
-    clean = torch.cat(batches, dim=1)
+        drawing(batch, on_clean=estimates.append)
+        return torch.stack(estimates)
+
+    clean = torch.cat([*halving(draw, np.arange(len(labels)), settings.batch_size, "animate")], dim=1)
     shown = _evenly(len(clean), frames)
     latents = checkpoint.normalization.denormalize(clean[shown])
     unit = "step" if len(clean) == settings.steps else "evaluation"  # heun evaluates the model twice in a step
@@ -185,10 +186,10 @@ def _draw_frames(
     frame, image = np.divmod(np.arange(frames * count), count)
     drawn = []
     with tqdm(total=len(frame), unit=" images", desc="animate", mininterval=1) as bar:
-        for start in range(0, len(frame), settings.batch_size):
-            part = slice(start, start + settings.batch_size)
-            drawn.append(draw(frame[part], image[part]))
-            bar.update(len(drawn[-1]))
+        every = np.arange(len(frame))
+        for latents in halving(lambda part: draw(frame[part], image[part]), every, settings.batch_size, "animate"):
+            drawn.append(latents)
+            bar.update(len(latents))
     return torch.cat(drawn).unflatten(0, (frames, count))
 
 

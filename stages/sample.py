@@ -263,11 +263,16 @@ class Drawing:
         """Yield the latents `B C h w`, on the CPU, of the samples with the indices `rows`, batch by batch.
 
         A CPU draws small batches, one on each core; a GPU `sample.batch_size` at a time, halved where memory runs out.
+        The last batch of a GPU is filled up, so that the bits of a sample do not depend on which others are missing.
         """
+        size = min(self._settings.batch_size, len(self._labels))
         if self.device.type != "cpu":
-            yield from halving(self, rows, self._settings.batch_size, "sample")
+            filled, left = np.concatenate([rows, np.repeat(rows[:1], -len(rows) % size)]), len(rows)
+            for latents in halving(self, filled, size, "sample"):
+                yield latents[: max(left, 0)]
+                left -= len(latents)
             return
-        size = min(self._settings.batch_size, CPU_ROWS)
+        size = min(size, CPU_ROWS)
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         yield from in_threads(self, batches, process_count("auto"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from data.text import counted, digest
 from pipeline.compatibility import usable_guidance
 from pipeline.config import Config, Sample
 from pipeline.config_file import override_config
-from pipeline.device import pick_device
+from pipeline.device import halving, pick_device
 from pipeline.pictures import grid, save_png
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.vae import FrozenVae
@@ -188,15 +189,11 @@ def draw_cells(config: Config, checkpoint: Checkpoint, cells: Sequence[Cell]) ->
             settings = cells[members[0]].settings
             drawing = Drawing(settings, checkpoint, kinds, model=model)
             model = drawing.model
-            for batch in (members[i : i + settings.batch_size] for i in range(0, len(members), settings.batch_size)):
-                drawn = drawing(
-                    np.searchsorted(kinds, [cells[i].label for i in batch]),
-                    indices=[0] * len(batch),
-                    seeds=[cells[i].settings.seed for i in batch],
-                    scales=[cells[i].scale for i in batch],
-                )
-                latents |= dict(zip(batch, drawn, strict=True))
-                bar.update(len(batch))
+            drawn = []
+            for part in halving(partial(_draw, drawing, cells, kinds), members, settings.batch_size, "sweep"):
+                bar.update(len(part))
+                drawn.extend(part)
+            latents |= dict(zip(members, drawn, strict=True))
     return vae.decode_images(torch.stack([latents[i] for i in range(len(cells))]))
 
 
@@ -208,3 +205,13 @@ def _title(axes: tuple[Axis, Axis], cells: Sequence[Cell], classes: Sequence[str
     shared = summary(settings, without={*keys, *(["guidance"] if len(scales) > 1 else [])})
     name = [] if "class" in keys else [classes[cells[0].label]]
     return " \u00d7 ".join(keys) + ": " + ", ".join([*name, *shared])
+
+
+def _draw(drawing: Drawing, cells: Sequence[Cell], kinds: NDArray[np.int64], members: Sequence[int]) -> torch.Tensor:
+    """Draw the samples of the cells `members`, given by number: latents `B C h w`. `kinds` are the drawing's labels."""
+    return drawing(
+        np.searchsorted(kinds, [cells[i].label for i in members]),
+        indices=[0] * len(members),
+        seeds=[cells[i].settings.seed for i in members],
+        scales=[cells[i].scale for i in members],
+    )

@@ -20,7 +20,7 @@ from pipeline.compatibility import usable_guidance
 from pipeline.config_file import load_config
 from pipeline.training.checkpoint import checkpoint_folders
 from pipeline.training.setup import build_model
-from stages.sample import choose_classes, sample
+from stages.sample import Drawing, choose_classes, require_checkpoint, sample
 from tests.helpers.world import (
     CLASSES,
     IMAGE_SIZE,
@@ -252,6 +252,27 @@ def test_every_batch_size_and_number_of_processes_draws_the_same_bytes(
         assert (folder / "manifest.json").exists()
         shards.append({name: payload for name, payload in tree(folder).items() if "latents.zarr/" in name})
     assert shards[0] == shards[1] == shards[2]
+
+
+@pytest.mark.parametrize(("count", "size"), [(20, 8), (3, 3)])
+def test_a_gpu_draws_batches_of_one_size_whatever_is_missing(
+    world: World, monkeypatch: pytest.MonkeyPatch, count: int, size: int
+) -> None:
+    """A GPU's rounding depends on the size of a batch: here its calls are counted, on a CPU."""
+    config = load_config(world.config, ["sample.batch_size=8"])
+    drawing = Drawing(config.sample, require_checkpoint(world.run), np.zeros(count, np.int64))
+    sizes = []
+
+    def call(self: Drawing, batch: np.ndarray) -> torch.Tensor:
+        sizes.append(len(batch))
+        return torch.from_numpy(batch)
+
+    monkeypatch.setattr(Drawing, "__call__", call)
+    drawing.device = torch.device("cuda")
+    for rows in ([*range(count)], [0], [2, 1], [1] * count, []):
+        drawn_rows = [row for batch in drawing.batches(np.array(rows, np.int64)) for row in batch.tolist()]
+        assert drawn_rows == rows
+    assert {*sizes} == {size}
 
 
 def test_a_compiled_model_draws_the_same_samples(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
