@@ -6,7 +6,8 @@ On the default data set, with the default config but for one choice each (its le
 which was chosen for the default): the same training time, in minutes of one CPU core or of the GPU, and the same draws.
 Latents against pixels; latents from the cache against the VAE in the loop; the transformer bottleneck against residual
 blocks of the same FLOPs; flow matching against epsilon and v; the samplers; guidance. What is there already is not done
-again, so an interrupted night goes on. It needs a machine that does nothing else.
+again, so an interrupted night goes on, also on another machine: the images that each way sees in a minute are measured
+first and kept. It needs a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ SAMPLERS = {
     EPSILON: [("ddpm", 1000), *(("ddim", n) for n in (250, 100, 50, 25, 10))],
     DEFAULT: [("euler", n) for n in (100, 50, 25, 10, 5)],
 }
+COSTS = ("forward and backward pass of an image", "its activations", "images a minute")
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GUIDANCE_PICTURE = "results-guidance.png"
+RATED = "machine.txt"  # in the folder of the runs: where the images a minute, rates.json beside it, were measured
 
 
 @click.command()
@@ -74,14 +77,18 @@ def main(file: Path, overrides: tuple[str, ...], minutes: float, images: int, ru
     common = [*overrides, f"evaluate.images={images}"]
     ways = {way: load_config(file, [*common, *own]) for way, own in WAYS.items()}
     ways["residual blocks in the bottleneck"] = same_flops(ways["residual blocks in the bottleneck"], ways[DEFAULT])
+    if not (runs / RATED).exists():
+        publish(runs / RATED, machine().encode())
+    rated = (runs / RATED).read_text()
     results = {way: result(way, config, minutes, runs) for way, config in ways.items()}
-    command = " ".join(["python -m benchmarks.results", f"--minutes {minutes:g}", f"--images {images}"])
+    options = [f"--minutes {minutes:g}", f"--images {images}", *(f"--set {override}" for override in overrides)]
     parts = [
-        f"# Results of the design\n\n`{command}` on {machine()}; {images} samples each, one seed of training. Made by"
-        " `benchmarks/results.py`; kernel distances are x 1000, by EfficientNet-Lite0 against the images of training,"
+        f"# Results of the design\n\nMade by\n\n    python -m benchmarks.results {' '.join(options)}\n\n"
+        f"on {machine()}, with {images} samples each and one seed of training. The images that each way sees in a"
+        f" minute are those of {rated}. Kernel distances are x 1000, by EfficientNet-Lite0 against the training images,"
         " with intervals of 95 % over samples ([evaluation.md](evaluation.md)).\n",
-        f"## What is learnt, and by what, after {minutes:g} CPU minutes of training each\n",
-        table(["", "images a minute", "images seen", "kernel distance", "shows its class"], list(results.values())),
+        f"## What is learnt, and by what, after {minutes:g} minutes of training each\n",
+        table(["", *COSTS, "images seen", "kernel distance", "shows its class"], list(results.values())),
         "\n## Latents from the cache, or the VAE in the loop\n",
         f"```\n{vae_in_the_loop(file, overrides, runs)}\n```",
         "\n## Samplers\n",
@@ -109,7 +116,9 @@ def result(way: str, config: Config, minutes: float, runs: Path) -> list[str]:
     with without_vae() if config.vae.source == SOURCE else contextlib.nullcontext():
         encode(config, parse_job(None))
         run = run_of(way, config, minutes, runs)
-    return [way, f"{run.images / minutes:,.0f}", f"{run.images:,}", *shown(run.figures, "KD", "accuracy")]
+    cost = Cost.of(build_model(config, Manifest.load(config.cache.path)))
+    costs = [f"{cost.flops / 1e9:.2f} GFLOP", f"{cost.kept_bytes / 1e6:.1f} MB", f"{run.images / minutes:,.0f}"]
+    return [way, *costs, f"{run.images:,}", *shown(run.figures, "KD", "accuracy")]
 
 
 def run_of(way: str, config: Config, minutes: float, runs: Path) -> Trained:
@@ -201,9 +210,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{torch.get_num_threads()} cores ({platform.machine()}, {capability}), torch {torch.__version__}"
+    """What the figures are measured on; a minute is one of the GPU, if there is one, or else of one core."""
+    if torch.cuda.is_available():
+        return f"a GPU ({torch.cuda.get_device_name()}, torch {torch.__version__})"
+    cores, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"one of {cores} cores ({platform.machine()}, {capability}, torch {torch.__version__})"
 
 
 if __name__ == "__main__":
