@@ -277,8 +277,8 @@ class Sample(Section):
     is named 2; empty: all classes."""
     seed: Seed = 0
     """Random seed of the initial noise; each sample depends only on the seed, its class and its number."""
-    batch_size: PositiveInt = 50
-    """Samples drawn at a time on a GPU, halved where memory runs out; a CPU draws at most 32 on each core."""
+    batch_size: PositiveInt = 256
+    """Samples drawn at a time on a GPU at most, halved where memory runs out; a CPU draws at most 32 on each core."""
     compile: bool = False
     """Use torch.compile: faster steps after about a minute of compilation."""
     image_format: Literal["png", "webp", "jpeg"] = "png"

@@ -120,7 +120,7 @@ def denoising_film(settings: Sample, checkpoint: Checkpoint, labels: NDArray[np.
         drawing(batch, on_clean=estimates.append)
         return torch.stack(estimates)
 
-    clean = torch.cat([*halving(draw, np.arange(len(labels)), settings.batch_size, "animate")], dim=1)
+    clean = torch.cat([*halving(draw, np.arange(len(labels)), drawing.batch_size, "animate")], dim=1)
     shown = _evenly(len(clean), frames)
     latents = checkpoint.normalization.denormalize(clean[shown])
     unit = "step" if len(clean) == settings.steps else "evaluation"  # heun evaluates the model twice in a step
@@ -148,7 +148,7 @@ def seed_film(
             mix=lambda noise: cosines[frame] * noise[image] + sines[frame] * noise[count + image],
         )
 
-    latents = _draw_frames(settings, frames, count, draw)
+    latents = _draw_frames(drawing.batch_size, frames, count, draw)
     return Film(latents, _names(checkpoint, labels), *_on_the_way(f"seed {seeds[0]}", f"seed {seeds[1]}", frames))
 
 
@@ -165,7 +165,7 @@ def class_film(settings: Sample, checkpoint: Checkpoint, ends: tuple[int, int], 
         scales = ((1 - shares) * low + shares * high)[frame].tolist()
         return drawing(frame, indices=image.tolist(), scales=scales)
 
-    latents = _draw_frames(settings, frames, SAMPLES, draw)
+    latents = _draw_frames(drawing.batch_size, frames, SAMPLES, draw)
     return Film(latents, [""] * SAMPLES, *_on_the_way(first, second, frames))
 
 
@@ -180,14 +180,14 @@ def add_classes_between(model: LatentUNet, ends: tuple[int, int], shares: Tensor
 
 
 def _draw_frames(
-    settings: Sample, frames: int, count: int, draw: Callable[[NDArray[np.int64], NDArray[np.int64]], Tensor]
+    batch_size: int, frames: int, count: int, draw: Callable[[NDArray[np.int64], NDArray[np.int64]], Tensor]
 ) -> Tensor:
     """Return latents `F N C h w` that `draw` returns, batch by batch, for the numbers of frames and images in them."""
     frame, image = np.divmod(np.arange(frames * count), count)
     drawn = []
     with tqdm(total=len(frame), unit=" images", desc="animate", mininterval=1) as bar:
         every = np.arange(len(frame))
-        for latents in halving(lambda part: draw(frame[part], image[part]), every, settings.batch_size, "animate"):
+        for latents in halving(lambda part: draw(frame[part], image[part]), every, batch_size, "animate"):
             drawn.append(latents)
             bar.update(len(latents))
     return torch.cat(drawn).unflatten(0, (frames, count))

@@ -249,6 +249,8 @@ class Drawing:
         """Take the classes of all samples, `labels`; `model` is that of another `Drawing`, which need not be loaded."""
         self._settings, self._checkpoint, self._labels = settings, checkpoint, labels
         self.device = pick_device()
+        on_cpu = self.device.type == "cpu"
+        self.batch_size = min(settings.batch_size, CPU_ROWS) if on_cpu else settings.batch_size  # samples at a time
         self.model = model or self._prepared(checkpoint)
         self.guide = self._prepared(_open_guide(settings.guide, checkpoint)) if settings.guide else None
         self._images = _Images(settings.start_from, checkpoint, labels) if settings.start_from else None
@@ -262,17 +264,18 @@ class Drawing:
     def batches(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
         """Yield the latents `B C h w`, on the CPU, of the samples with the indices `rows`, batch by batch.
 
-        A CPU draws small batches, one on each core; a GPU `sample.batch_size` at a time, halved where memory runs out.
-        The last batch of a GPU is filled up, so that the bits of a sample do not depend on which others are missing.
+        A CPU draws one batch on each core. A GPU draws batches of one size, which is halved where memory runs out: the
+        last one is filled up, so that the bits of a sample do not depend on which others are missing.
         """
-        size = min(self._settings.batch_size, len(self._labels))
         if self.device.type != "cpu":
-            filled, left = np.concatenate([rows, np.repeat(rows[:1], -len(rows) % size)]), len(rows)
+            every, left = len(self._labels), len(rows)
+            size = -(-every // -(-every // self.batch_size))  # as many batches as needed, all equally large
+            filled = np.concatenate([rows, np.repeat(rows[:1], -left % size)])
             for latents in halving(self, filled, size, "sample"):
                 yield latents[: max(left, 0)]
                 left -= len(latents)
             return
-        size = min(size, CPU_ROWS)
+        size = self.batch_size
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         yield from in_threads(self, batches, process_count("auto"))
 

@@ -190,7 +190,7 @@ def draw_cells(config: Config, checkpoint: Checkpoint, cells: Sequence[Cell]) ->
             drawing = Drawing(settings, checkpoint, kinds, model=model)
             model = drawing.model
             drawn = []
-            for part in halving(partial(_draw, drawing, cells, kinds), members, settings.batch_size, "sweep"):
+            for part in halving(partial(_draw, drawing, cells, kinds), members, drawing.batch_size, "sweep"):
                 bar.update(len(part))
                 drawn.extend(part)
             latents |= dict(zip(members, drawn, strict=True))

@@ -254,7 +254,7 @@ def test_every_batch_size_and_number_of_processes_draws_the_same_bytes(
     assert shards[0] == shards[1] == shards[2]
 
 
-@pytest.mark.parametrize(("count", "size"), [(20, 8), (3, 3)])
+@pytest.mark.parametrize(("count", "size"), [(20, 7), (16, 8), (3, 3)])
 def test_a_gpu_draws_batches_of_one_size_whatever_is_missing(
     world: World, monkeypatch: pytest.MonkeyPatch, count: int, size: int
 ) -> None:
@@ -268,7 +268,7 @@ def test_a_gpu_draws_batches_of_one_size_whatever_is_missing(
         return torch.from_numpy(batch)
 
     monkeypatch.setattr(Drawing, "__call__", call)
-    drawing.device = torch.device("cuda")
+    drawing.device, drawing.batch_size = torch.device("cuda"), 8
     for rows in ([*range(count)], [0], [2, 1], [1] * count, []):
         drawn_rows = [row for batch in drawing.batches(np.array(rows, np.int64)) for row in batch.tolist()]
         assert drawn_rows == rows
