@@ -41,7 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "rescale 0.5": {"guidance_rescale": 0.5},
     "apg": {"guidance_form": "apg"},
     "cfg_zero": {"guidance_form": "cfg_zero"},
-    "cfg++": {"guidance_form": "cfg++"},
+    "cfg++": {"guidance_form": "cfg++", "scheduler": "euler", "steps": 20},  # not for samplers of a higher order
 }
 CFGPP_SCALES = (0.4, 0.7, 1.0, 1.5, 2.0)  # of CFG++, which moves further for the same scale
 
