@@ -189,7 +189,7 @@ def draw_cells(config: Config, checkpoint: Checkpoint, cells: Sequence[Cell]) ->
             settings = cells[members[0]].settings
             drawing = Drawing(settings, checkpoint, kinds, model=model)
             model = drawing.model
-            drawn = []
+            drawn: list[torch.Tensor] = []
             for part in halving(partial(_draw, drawing, cells, kinds), members, drawing.batch_size, "sweep"):
                 bar.update(len(part))
                 drawn.extend(part)
