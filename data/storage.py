@@ -7,6 +7,7 @@ deleted by `sweep`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 _FLUSHES = 32  # at a time
+_MANY_FILES = 500  # from here on, a flush of the whole disk is sooner done than one of each
 _STAGED = ".staged-"  # prefix of unfinished files and folders; no reader looks at them
 _CHECKSUM = re.compile(rb',\n  "sha256": "([0-9a-f]{64})"\n}\n\Z')
 Result = TypeVar("Result")
@@ -58,7 +60,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.replace(staged, path)
             unfinished.pop_all()
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(staged), str(path.parent)):
             raise
@@ -159,14 +161,14 @@ def staged_folder(path: Path) -> Iterator[Path]:
                 os.chmod(file, now | mode)
         _sync_all(files)
         for folder in (*(f for f in staged.rglob("*") if f.is_dir()), staged):
-            _sync_folder(folder)
+            _sync(folder)
         remove(path)
         os.replace(staged, path)
     except BaseException:
         with contextlib.suppress(OSError):  # another process may still be writing there
             remove(staged)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) -> str:
@@ -203,7 +205,7 @@ def set_aside(path: Path) -> Path:
     free = next(name for name in names if not os.path.lexists(name))
     with naming_the_file(path, "renaming"):
         os.replace(path, free)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     return free
 
 
@@ -216,7 +218,7 @@ def append_line(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _sync_folder(path.parent)
+            _sync(path.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -235,7 +237,7 @@ def make_folder(path: Path) -> None:
             if not path.is_dir():
                 raise
         with contextlib.suppress(PermissionError):  # to read the folder above
-            _sync_folder(path.parent)
+            _sync(path.parent)
     _flushed_folders.add(path)
 
 
@@ -255,7 +257,7 @@ def remove(path: Path) -> None:
                 os.unlink(path)
             except FileNotFoundError:
                 return
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def probe(folder: Path, field: str) -> None:
@@ -320,20 +322,30 @@ def try_lock(handle: int, *, wait: bool) -> bool:
 
 
 def _sync_all(files: Sequence[Path]) -> None:
-    """Flush files to disk, thousands of them in threads: a disk flushes what several threads wait for at once."""
+    """Flush files of one disk to it: hundreds of them by Linux's syncfs, which flushes all of that disk at once."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs and len(files) >= _MANY_FILES:
+        folder = files[0].parent
+        with naming_the_file(folder, "writing"), _opened(folder) as handle:
+            if syncfs(handle):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return
+    # a disk flushes at once what several threads wait for
     with ThreadPoolExecutor(min(1 + len(files) // 100, _FLUSHES)) as pool:
         deque(pool.map(_sync, files), maxlen=0)  # raises the first error
 
 
-def _sync(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename in `folder` to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+def _sync(path: Path) -> None:
+    """Flush a file's bytes, or the names in a folder, to disk."""
+    with _opened(path) as handle:
         os.fsync(handle)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a file or a folder for the calls that take its handle."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
     finally:
         os.close(handle)

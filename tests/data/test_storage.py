@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -123,6 +125,50 @@ def test_a_staged_folder_that_fails_changes_nothing(tmp_path: Path, old: bool) -
         fill()
     assert tree(tmp_path) == before
     assert final.exists() == old
+
+
+def fill(folder: Path, count: int) -> None:
+    with staged_folder(folder) as staged:
+        for number in range(count):
+            (staged / f"{number}").write_text("content")
+
+
+@pytest.mark.parametrize("error", [0, errno.EIO])
+def test_many_files_are_flushed_by_one_flush_of_their_disk_before_they_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    many, final = data.storage._MANY_FILES, tmp_path / "final"
+    flushed: list[int] = []
+
+    class Libc:
+        def syncfs(self, handle: int) -> int:
+            assert not final.exists()
+            assert os.path.samestat(os.fstat(handle), (tmp_path / ".staged-final").stat())
+            flushed.append(handle)
+            ctypes.set_errno(error)
+            return -1 if error else 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: Libc())
+    fill(tmp_path / "few", many - 1)
+    assert flushed == []
+    if error:
+        with pytest.raises(OSError, match=r"Input/output error.*run the same command again"):
+            fill(final, many)
+        assert [path.name for path in tmp_path.iterdir()] == ["few"]
+    else:
+        fill(final, many)
+        assert len(tree(final)) == many
+    assert len(flushed) == 1
+
+
+def test_where_the_system_cannot_flush_a_disk_each_of_many_files_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: object())
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    fill(tmp_path / "final", data.storage._MANY_FILES)
+    assert {path.stat().st_ino for path in (tmp_path / "final").iterdir()} < {*flushed}
 
 
 def test_removing_takes_files_folders_and_links_but_not_what_a_link_shows(tmp_path: Path) -> None:
