@@ -94,8 +94,7 @@ def samplers(config: Config) -> Iterator[Setting]:
     names = FLOW if config.noise.schedule == "flow" else DISCRETE
     pairs = [(names[0], STEPS[-1]), *((name, steps) for steps in STEPS for name in names)]
     for name, steps in dict.fromkeys(pairs):
-        if name != "heun" or steps < STEPS[-1]:
-            yield Setting(f"{name}, {steps} steps", {"scheduler": name, "steps": steps})
+        yield Setting(f"{name}, {steps} steps", {"scheduler": name, "steps": steps})
 
 
 def guidance(guide: Path | None) -> Iterator[Setting]:

@@ -174,9 +174,11 @@ def staged_folder(path: Path) -> Iterator[Path]:
 def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) -> str:
     """Write a file of a staged folder part by part; return the SHA-256 of the bytes that were to be written.
 
-    OSError, with the file, if the disk is full or refuses.
+    The file may be in a new folder of the staged one. OSError, with the file, if the disk is full or refuses.
     """
     sha = hashlib.sha256()
+    with naming_the_file(file, "writing"):
+        file.parent.mkdir(exist_ok=True)
     with writing(file) as handle:
         for part in parts:
             sha.update(part)
@@ -187,10 +189,8 @@ def write_staged(file: Path, parts: Iterable[bytes | bytearray | memoryview]) ->
 @contextmanager
 def writing(file: Path) -> Iterator[BinaryIO]:
     """Open a file of a staged folder for writing in any order; an OSError names it."""
-    with naming_the_file(file, "writing"):
-        file.parent.mkdir(exist_ok=True)
-        with open(file, "wb") as handle:
-            yield handle
+    with naming_the_file(file, "writing"), open(file, "wb") as handle:
+        yield handle
 
 
 def sweep(folder: Path) -> None:

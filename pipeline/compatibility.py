@@ -78,21 +78,23 @@ def check_sampler_options(scheduler: str, *, eta: float, form: str) -> None:
         )
 
 
-def usable_guidance(requested: float, *, without_class: float, classes: int) -> tuple[float, str]:
+def usable_guidance(requested: float, form: str, *, without_class: float, classes: int) -> tuple[float, str]:
     """Return the guidance scale that a trained model supports, and one line that says why it is not the requested one.
 
     `classes` is the number of classes, `without_class` the fraction of images that were trained with the null class.
-    The line is empty if the requested scale is used. ValueError for scale 0 if the null class was never trained.
+    The line is empty if the requested scale is used. ValueError for scale 0, and for the form cfg++ at any scale, if
+    the null class was never trained.
     """
     usable, why = requested, ""
+    untrained = "needs the null class, which was never trained (train.label_dropout=0)"
+    if without_class == 0 and form == "cfg++":
+        raise ValueError(f"sample.guidance_form = cfg++ {untrained}: use cfg")
     if without_class == 1:
         usable, why = 0.0, "no class was ever trained (train.label_dropout=1), so a class has no effect"
     elif classes == 1:
         usable, why = 1.0, "there is only one class, so guidance has no effect"
     elif without_class == 0 and requested == 0:
-        raise ValueError(
-            "sample.guidance = 0: it needs the null class, which was never trained (train.label_dropout=0): give 1"
-        )
+        raise ValueError(f"sample.guidance = 0: it {untrained}: give 1")
     elif without_class == 0:
-        usable, why = 1.0, "it needs the null class, which was never trained (train.label_dropout=0)"
+        usable, why = 1.0, f"it {untrained}"
     return usable, f"sample.guidance = {usable:g}, not {requested:g}: {why}" if usable != requested else ""

@@ -119,7 +119,7 @@ class LatentMillPipeline(DiffusionPipeline):
             self.unet,
             self._process,
             torch.tensor(labels, device=device),
-            self._scales(labels, guidance_scale),
+            self._scales(labels, guidance_scale, chosen["guidance"]["form"]),
             Guidance(**chosen["guidance"]),
             half=sampling_dtype(self.config.sample["precision"], device) if full else self.unet.dtype,
         )
@@ -160,7 +160,7 @@ class LatentMillPipeline(DiffusionPipeline):
         check_sampler_options(sampler, eta=eta, form=form)
         _checked(check_sampler, sampler, self._process.schedule, steps=steps, shift=shift, form=form)
 
-    def _scales(self, labels: list[int], given: float | Sequence[float] | None) -> list[float]:
+    def _scales(self, labels: list[int], given: float | Sequence[float] | None, form: str) -> list[float]:
         """Return the guidance scale of each image, with a warning where the model does not support the given one."""
         if isinstance(given, Sequence):
             scales = list(given)
@@ -176,7 +176,7 @@ class LatentMillPipeline(DiffusionPipeline):
         if not all(scale >= 0 for scale in scales):
             raise ValueError(f"guidance_scale = {given}: give numbers of at least 0")
         trained = {"without_class": self.config.without_class, "classes": self.unet.config["num_classes"]}
-        usable = {scale: _checked(usable_guidance, scale, **trained) for scale in scales}
+        usable = {scale: _checked(usable_guidance, scale, form, **trained) for scale in scales}
         for _, line in usable.values():
             if line:
                 _logger.warning(_by_arguments(line))
@@ -236,7 +236,9 @@ def pipeline_of(checkpoint: Checkpoint, config: Config) -> LatentMillPipeline:
     settings.check(state.noise.schedule)
     if unknown := settings.guidance_by_class.keys() - {*state.classes}:
         raise ValueError(f"sample.guidance_by_class: no class {min(unknown)!r}: give names of the run's classes")
-    guidance, line = usable_guidance(settings.guidance, without_class=state.without_class, classes=len(state.classes))
+    guidance, line = usable_guidance(
+        settings.guidance, settings.guidance_form, without_class=state.without_class, classes=len(state.classes)
+    )
     if line:
         print(line)
     vae = FrozenVae(config.vae.source)

@@ -27,7 +27,7 @@ APG_MOMENTUM, APG_NORM = -0.5, 5 / math.sqrt(4096)
 class Guidance:
     """Describes how two predictions are combined: D + (scale - 1) (D - D_weak), where D_weak has no class.
 
-    This is Ho and Salimans 2021, equation 6, with scale = 1 + w. Scale 1 is the model with classes.
+    This is Ho and Salimans 2021, equation 6, with scale = 1 + w. Scale 1 is the model with classes, but for cfg++.
 
     `form`: cfg, as above; apg removes from D - D_weak what is parallel to D, limits its norm and gives it a negative
     momentum, on clean latents (Sadat et al. 2025); cfg_zero scales the weak velocity to fit and does not move in the
@@ -43,12 +43,12 @@ class Guidance:
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
 
-    def weight(self, level: Level) -> float:
-        """Return the factor of scale - 1 at a noise level."""
+    def weight(self, level: Level) -> float | None:
+        """Return the factor of scale - 1 at a noise level; None outside the interval."""
         if self.interval:
             low, high = self.interval
             if not low * level.alpha < level.sigma <= high * level.alpha:  # sigma / alpha may be infinite
-                return 0.0
+                return None
         t = level.timestep / STEPS
         return {"constant": 1.0, "linear": 2 * (1 - t), "cosine": 1 + math.cos(math.pi * t)}[self.schedule]
 
@@ -58,7 +58,8 @@ class GuidedModel:
 
     `labels` int64 `B` and `scales`, `B` numbers, belong to its samples. The weak prediction is that of `guide` for the
     same classes or, without a guide, that of the model for the null class, computed in the same batch, and only for
-    samples whose scale is not 1. Scale 0 without a guide is the model for the null class alone, in any schedule.
+    samples whose scale is not 1; cfg++ takes the noise from it at every scale. Scale 0 without a guide is the model for
+    the null class alone, in any schedule.
     The networks run under autocast to `half` if it is given; all else is float32. On one thread of a CPU, a sample has
     the same bits whatever else is in its batch.
     """
@@ -81,7 +82,7 @@ class GuidedModel:
             unconditional = torch.tensor([scale == 0 for scale in scales], device=labels.device)
             self._labels, scales = torch.where(unconditional, self._null, labels), [scale or 1.0 for scale in scales]
         extra = torch.tensor(scales, device=labels.device)[:, None, None, None] - 1
-        guided = [i for i, scale in enumerate(scales) if scale != 1]
+        guided = [i for i, scale in enumerate(scales) if scale != 1 or self._guidance.form == "cfg++"]
         self._guided = slice(None) if len(guided) == len(scales) else torch.tensor(guided, device=labels.device)
         self._extra = extra[self._guided] if guided else None
         self._update: Tensor | None = None  # APG's, with momentum
@@ -91,7 +92,7 @@ class GuidedModel:
         """Return two estimates of x_0 from noisy latents `B C h w`: the guided one, and that which the remaining noise
         is computed from; they differ for cfg++ only. `timestep` is that of `level`, as a tensor on the device."""
         weight, first, self._first = self._guidance.weight(level), self._first, False
-        if self._extra is None or not weight:
+        if self._extra is None or weight is None:
             clean = self._noise.clean(x, self._predict(self._model, x, timestep, self._labels), level)
             return clean, clean
         rows = self._guided

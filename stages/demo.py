@@ -120,8 +120,8 @@ class Demo:
                 device=loaded.vae.device,
                 on_clean=_progress(loaded, settings, send),
             )
-            guidance = requested.sample.guidance
-            _, note = usable_guidance(guidance, without_class=state.without_class, classes=len(state.classes))
+            guidance, form = requested.sample.guidance, requested.sample.guidance_form
+            _, note = usable_guidance(guidance, form, without_class=state.without_class, classes=len(state.classes))
             words = [word for override in overrides for word in ("--set", override)]
             command = ["latentmill", "sample", "--config", str(file), "--run", loaded.run, *words]
             send({"images": _decode(loaded, latents), "command": shlex.join(command), "note": note})

@@ -144,7 +144,9 @@ def resolve_sample_settings(config: Config, checkpoint: Checkpoint) -> tuple[Con
     guidance = requested.guidance
     if not requested.guide:  # without one, the null class guides
         usable = [
-            usable_guidance(scale, without_class=state.without_class, classes=len(state.classes))
+            usable_guidance(
+                scale, requested.guidance_form, without_class=state.without_class, classes=len(state.classes)
+            )
             for scale in (guidance, *by_class.values())
         ]
         if lines := [line for _, line in usable if line]:

@@ -97,7 +97,7 @@ def read_axes(checkpoint: Checkpoint, rows: str | None, columns: str | None) -> 
     For a model on which guidance has no effect, the seed replaces it. ValueError for what is no axis.
     """
     state = checkpoint.state
-    idle = usable_guidance(2, without_class=state.without_class, classes=len(state.classes))[1]
+    idle = usable_guidance(2, "cfg", without_class=state.without_class, classes=len(state.classes))[1]
     first = "seed" if idle else "guidance"
     rows = rows or _default("steps" if columns and _key(columns) == first else first)
     columns = columns or _default(first if _key(rows) == "steps" else "steps")
@@ -166,7 +166,9 @@ def _cell(config: Config, checkpoint: Checkpoint, values: dict[str, str], label:
     if "guidance" not in values:
         scale = settings.guidance_by_class.get(state.classes[label], scale)
     elif not settings.guide:
-        _, why = usable_guidance(scale, without_class=state.without_class, classes=len(state.classes))
+        _, why = usable_guidance(
+            scale, settings.guidance_form, without_class=state.without_class, classes=len(state.classes)
+        )
         if why:
             raise ValueError(f"{where}: {why.partition(': ')[2]}: give another key")
     return Cell(settings, label, scale)

@@ -85,12 +85,13 @@ class Previews:
         self._config, self._run, self._manifest, self._noise = config, run, manifest, noise
         self._vae = FrozenVae(config.vae.source, device)
         self._vae.check(manifest.vae, config.cache.path)
+        asked, classes = config.sample, len(manifest.classes)
         guidance, line = usable_guidance(
-            config.sample.guidance, without_class=without_class, classes=len(manifest.classes)
+            asked.guidance, asked.guidance_form, without_class=without_class, classes=classes
         )
         if line:
             print(f"train: previews: {line}")
-        self._settings = config.sample.changed(guidance=guidance)
+        self._settings = asked.changed(guidance=guidance)
         trained = np.flatnonzero(class_counts)  # the model learns nothing of other classes
         self._shown = trained[:PREVIEWED]
         self._heldout = open_heldout(config, manifest, noise)

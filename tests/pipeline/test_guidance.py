@@ -168,9 +168,24 @@ def test_cfg_plus_plus_takes_the_remaining_noise_from_the_weak_prediction() -> N
     x0, of_noise = guided(0.6, Guidance(form="cfg++"))(X, TIME, LEVEL)
     assert torch.allclose(x0, clean(weak + 0.6 * (strong - weak)), atol=1e-5)
     assert torch.allclose(of_noise, clean(weak), atol=1e-6)
-    mixed = guided([1.0] + [0.6] * (COUNT - 1), Guidance(form="cfg++"))(X, TIME, LEVEL)[1]
-    assert torch.allclose(mixed[0], clean(strong)[0], atol=1e-6)
-    assert torch.allclose(mixed[1:], clean(weak)[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_scale_1_and_pure_noise_are_no_exceptions_of_cfg_plus_plus(schedule: str) -> None:
+    """It takes the noise from the weak prediction there, too: a scale a little higher draws the same."""
+    noisiest = FLOW.levels(2)[0]
+    for level in (LEVEL, noisiest):
+        exact, nearly = (
+            guided([scale, 0.6] * (COUNT // 2), Guidance(form="cfg++", schedule=schedule))(
+                X, torch.tensor(level.timestep), level
+            )
+            for scale in (1.0, 1 + 1e-6)
+        )
+        for one, other in zip(exact, nearly, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+        assert not torch.allclose(*exact, atol=1e-2)
+    outside = guided(1.0, Guidance(form="cfg++", interval=(0.1, 5)))(X, torch.tensor(noisiest.timestep), noisiest)
+    assert torch.equal(*outside)
 
 
 def test_a_weaker_model_guides_with_the_same_class() -> None:

@@ -95,9 +95,12 @@ def test_classes_without_images_are_left_out_aloud_and_refused_by_name(capsys: p
     ],
 )
 def test_guidance_is_that_of_what_was_trained(asked: float, label_dropout: float, classes: int, usable: float) -> None:
-    guidance, why = usable_guidance(asked, without_class=label_dropout, classes=classes)
+    guidance, why = usable_guidance(asked, "cfg", without_class=label_dropout, classes=classes)
     assert guidance == usable
     assert why.startswith(f"sample.guidance = {usable}, not {asked:g}: ") if usable != asked else not why
+    if label_dropout == 0:  # it draws with the null class at every scale
+        with pytest.raises(ValueError, match=r"^sample\.guidance_form = cfg\+\+ needs the null class.*: use cfg$"):
+            usable_guidance(asked, "cfg++", without_class=label_dropout, classes=classes)
 
 
 def test_without_a_null_class_guidance_is_one_and_every_place_says_so(world: World, tmp_path: Path) -> None:
