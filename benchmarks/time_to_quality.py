@@ -266,7 +266,11 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
         values, low, high = 1000 * np.array(rows).T
         minutes = [each["minutes"] for each in curve]
         axis.errorbar(minutes, values, [values - low, high - values], fmt="o-", capsize=3, label=name)
-    axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", ylim=(0, None))
+    axis.set(xlabel="CPU minutes of training", ylabel="kernel distance x 1000 (lower is better)", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.set_yticks([10, 20, 50, 100, 200, 500])
+    axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(file, dpi=120)
 
