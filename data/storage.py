@@ -155,12 +155,13 @@ def staged_folder(path: Path) -> Iterator[Path]:
     try:
         yield staged
         mode = staged.stat().st_mode & 0o666
-        files = [f for f in staged.rglob("*") if f.is_file()]
+        folders = list(os.walk(staged, topdown=False))
+        files = [os.path.join(folder, name) for folder, _, names in folders for name in names]
         for file in files:
-            if mode & ~(now := file.stat().st_mode):
+            if mode & ~(now := os.stat(file).st_mode):
                 os.chmod(file, now | mode)
-        _sync_all(files)
-        for folder in (*(f for f in staged.rglob("*") if f.is_dir()), staged):
+        _sync_all(files, staged)
+        for folder, _, _ in folders:
             _sync(folder)
         remove(path)
         os.replace(staged, path)
@@ -321,11 +322,10 @@ def try_lock(handle: int, *, wait: bool) -> bool:
     return True
 
 
-def _sync_all(files: Sequence[Path]) -> None:
-    """Flush files of one disk to it: hundreds of them by Linux's syncfs, which flushes all of that disk at once."""
+def _sync_all(files: Sequence[str], folder: Path) -> None:
+    """Flush the files in a folder to disk: hundreds of them by Linux's syncfs, which flushes the whole disk at once."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs and len(files) >= _MANY_FILES:
-        folder = files[0].parent
         with naming_the_file(folder, "writing"), _opened(folder) as handle:
             if syncfs(handle):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -335,14 +335,14 @@ def _sync_all(files: Sequence[Path]) -> None:
         deque(pool.map(_sync, files), maxlen=0)  # raises the first error
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path | str) -> None:
     """Flush a file's bytes, or the names in a folder, to disk."""
     with _opened(path) as handle:
         os.fsync(handle)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path | str) -> Iterator[int]:
     """Open a file or a folder for the calls that take its handle."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -156,7 +156,8 @@ class Images:
         """Write this job's share of the files of `chosen`, but for those that `write` has written; wait for others."""
         labels, started = latents.named_labels()[0][chosen], time.monotonic()
         names, share = self._names(latents.rows[chosen], labels), self._job.share(len(chosen))
-        missing = np.array([i for i in share if not (self._staged / names[i]).exists()], np.int64)
+        there = {file.name for file in self._staged.iterdir()}
+        missing = np.array([i for i in share if names[i] not in there], np.int64)
         parts = (missing[start : start + BATCH] for start in range(0, len(missing), BATCH))
         batches = (Latents(latents.rows[chosen[part]], labels[part], latents.means(chosen[part])) for part in parts)
         if len(missing):
