@@ -165,7 +165,7 @@ def _cell(config: Config, checkpoint: Checkpoint, values: dict[str, str], label:
     scale = settings.guidance
     if "guidance" not in values:
         scale = settings.guidance_by_class.get(state.classes[label], scale)
-    elif not settings.guide:
+    if not settings.guide:
         _, why = usable_guidance(
             scale, settings.guidance_form, without_class=state.without_class, classes=len(state.classes)
         )

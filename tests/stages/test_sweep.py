@@ -121,6 +121,13 @@ def test_where_guidance_has_no_effect_seeds_are_compared(world: World, tmp_path:
     refuse(result, "guidance=2 steps=5: there is only one class, so guidance has no effect: give another key")
 
 
+def test_an_axis_does_not_bring_in_a_null_class_that_was_never_trained(world: World, tmp_path: Path) -> None:
+    given = train_on(world, tmp_path, ("cat", "dog"), "train.label_dropout=0")
+    axes = ("--rows", "guidance_form=cfg,cfg++", "--columns", "scheduler=euler")
+    result = run_stage("sweep", world.config, tmp_path / "run", *given, more=axes)
+    refuse(result, "sample.guidance_form = cfg++ needs the null class, which was never trained")
+
+
 def test_guidance_on_an_axis_is_that_of_every_class(world: World, run: Path) -> None:
     checkpoint = require_checkpoint(run)
     config = load_config(world.config, ["sample.guidance_by_class={cat: 4}"])
