@@ -136,14 +136,6 @@ class Model(Section):
     """Channels per attention head; must divide the channels of the lowest level."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout probability in all blocks; 0: no dropout."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Normalisation in the transformer blocks."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """MLP of the transformer blocks; both have as many parameters."""
-    rope: bool = False
-    """Rotary positions in the transformer blocks, beside the learned ones."""
-    value_residual: bool = False
-    """Every transformer block mixes its values with those of the first."""
 
 
 class Noise(Section):
@@ -168,9 +160,6 @@ class Noise(Section):
 
 class Train(Section):
     """Training (docs/training.md). All lengths and intervals are in images seen, not in steps or epochs."""
-
-    align: float = Field(0.0, ge=0.0)
-    """Weight of the self-alignment loss: tokens in the middle of the bottleneck predict the clean latents."""
 
     images: PositiveInt = 40_000
     """Length of the run, in images seen."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.noise import NoiseProcess
@@ -31,19 +30,8 @@ class Objective(nn.Module):
     "Analyzing and improving the training dynamics of diffusion models", section 2 and appendix A).
     """
 
-    def __init__(
-        self, model: LatentUNet, process: NoiseProcess, weighting: str = "plain", align: float = 0.0
-    ) -> None:
+    def __init__(self, model: LatentUNet, process: NoiseProcess, weighting: str = "plain") -> None:
         super().__init__()
-        self.align, self.head, self._tokens = align, None, None
-        if align:  # as REPA does with DINO's features, here with the VAE's own
-            width, latents = model.config["channels"][-1], model.config["in_channels"]
-            self.patch = model.config["patch_size"] << len(model.config["channels"]) - 1
-            self.head = nn.Sequential(
-                nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, latents * self.patch**2)
-            )
-            middle = model.middle.blocks[(len(model.middle.blocks) - 1) // 2]
-            middle.register_forward_hook(lambda _module, _inputs, output: setattr(self, "_tokens", output[0]))
         self.model, self.process, self.weighting = model, process, weighting
         self.uncertainty = nn.Linear(_FEATURES, 1) if weighting == "learned" else None
         if self.uncertainty is not None:  # start at u = 0, the plain loss
@@ -59,11 +47,7 @@ class Objective(nn.Module):
         prediction = self.model(noisy, times, classes).sample.float()
         target = self.process.target(latents, noise, times)
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = self._weigh(errors, times).mean()
-        if self.head is not None:
-            clean = F.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
-            loss = loss + self.align * (1 - F.cosine_similarity(self.head(self._tokens).float(), clean, dim=-1)).mean()
-        return loss, errors.detach()
+        return self._weigh(errors, times).mean(), errors.detach()
 
     def _weigh(self, errors: Tensor, times: Tensor) -> Tensor:
         if self.weighting == "min_snr":

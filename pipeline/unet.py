@@ -79,111 +79,46 @@ class TransformerBlock(nn.Module):
     The condition gives scale and shift of a LayerNorm and a gate on the result, all zero at the start.
     """
 
-    def __init__(
-        self, width: int, condition: int, head_width: int, dropout: float, norm: str, mlp: str, mix: bool
-    ) -> None:
+    def __init__(self, width: int, condition: int, head_width: int, dropout: float) -> None:
         super().__init__()
         self.heads = width // head_width
         self.modulation = _zero(nn.Linear(condition, 6 * width))
-        normalise = nn.LayerNorm if norm == "layer" else nn.RMSNorm
-        self.norm1 = normalise(width, elementwise_affine=False)
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
-        self.norm2 = normalise(width, elementwise_affine=False)
-        self.mlp = (
-            SwiGLU(width, 8 * width // 3 // 8 * 8)
-            if mlp == "swiglu"
-            else nn.Sequential(
-                nn.Linear(width, 4 * width),
-                nn.GELU(approximate="tanh"),
-                nn.Dropout(dropout),
-                nn.Linear(4 * width, width),
-            )
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
         )
-        self.mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mix else None  # of the first block's values and its own
 
-    def forward(
-        self, x: Tensor, condition: Tensor, rotation: tuple[Tensor, Tensor] | None = None, first: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Map tokens `B T D` and the condition `B E` to `B T D`; also return the values, which are the next `first`."""
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map tokens `B T D` and the condition `B E` to `B T D`."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        attended, values = self._attend(self.norm1(x) * (1 + scale1) + shift1, rotation, first)
-        x = x + gate1 * attended
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2), values
+        x = x + gate1 * self._attend(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
-    def _attend(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
-        if rotation is not None:
-            q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        if self.mix is not None and first is not None:  # Zhou et al. 2024, "Value residual learning"
-            v = self.mix[0].to(v.dtype) * first + self.mix[1].to(v.dtype) * v
-        return self.project(_attention(q, k, v).transpose(1, 2).flatten(2)), v
-
-
-class SwiGLU(nn.Module):
-    """Applies a gated MLP (Shazeer 2020) of `hidden` units."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `B T D` to `B T D`."""
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
-
-
-def _rotation(size: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, each `T head_width/2`: half of the pairs turn with the row, half with the column."""
-    frequencies = 100.0 ** -(torch.arange(head_width // 4, device=device) / (head_width // 4))
-    places = torch.arange(size, device=device)
-    rows, columns = torch.meshgrid(places, places, indexing="ij")
-    angles = torch.cat([rows.flatten()[:, None] * frequencies, columns.flatten()[:, None] * frequencies], dim=1)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of channels of `B heads T D/heads` by the angle of their token (Su et al. 2021)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        return self.project(_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class TransformerBottleneck(nn.Module):
     """Applies `depth` transformer blocks to a feature map, as tokens with learned position embeddings."""
 
-    def __init__(
-        self,
-        width: int,
-        size: int,
-        condition: int,
-        depth: int,
-        head_width: int,
-        dropout: float,
-        *,
-        norm: str,
-        mlp: str,
-        rope: bool,
-        value_residual: bool,
-    ) -> None:
+    def __init__(self, width: int, size: int, condition: int, depth: int, head_width: int, dropout: float) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.randn(1, size * size, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, condition, head_width, dropout, norm, mlp, value_residual and i > 0)
-            for i in range(depth)
-        )
-        self.rotated = (size, head_width) if rope else None
+        self.blocks = nn.ModuleList(TransformerBlock(width, condition, head_width, dropout) for _ in range(depth))
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map `B D H W` and the condition `B E` to `B D H W`."""
         tokens = x.flatten(2).transpose(1, 2) + self.positions
-        rotation, first = _rotation(*self.rotated, x.device) if self.rotated else None, None
         for block in self.blocks:
-            tokens, values = block(tokens, condition, rotation, first)
-            first = values if first is None else first
+            tokens = _run(block, tokens, condition, self.gradient_checkpointing)
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous(memory_format=torch.channels_last)
 
 
@@ -271,10 +206,6 @@ class LatentUNet(ModelMixin, ConfigMixin):
         depth: int = 4,
         head_width: int = 64,
         dropout: float = 0.0,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        rope: bool = False,
-        value_residual: bool = False,
     ) -> None:
         super().__init__()
         check_model(sample_size, patch_size, channels, bottleneck, head_width)
@@ -298,10 +229,6 @@ class LatentUNet(ModelMixin, ConfigMixin):
                 depth,
                 head_width,
                 dropout,
-                norm=norm,
-                mlp=mlp,
-                rope=rope,
-                value_residual=value_residual,
             )
             if bottleneck == "transformer"
             else ResidualBottleneck(width, condition, depth, dropout)

@@ -96,7 +96,7 @@ class Trainer:
         if settings.init and not checkpoint:
             self.normalization, line = load_init(model, config, self.manifest)
             accelerator.print(f"train: {line}")
-        self.objective = Objective(model, self.noise, settings.weighting, settings.align)
+        self.objective = Objective(model, self.noise, settings.weighting)
         layout = torch.contiguous_format if self.sharded else torch.channels_last  # FSDP cannot shard the latter
         self.objective.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
 
