@@ -1,4 +1,4 @@
-"""Samplers, numbers of steps and forms of guidance on one trained run: the tables of docs/sampling.md.
+"""Samplers, numbers of steps, their spacing and forms of guidance on one trained run: the tables of docs/sampling.md.
 
     python -m benchmarks.sampling --config configs/cifar10.yaml --set data.source=path/to/cifar10 --run runs/cifar10 \
         --guide runs/cifar10-short
@@ -43,6 +43,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "cfg_zero": {"guidance_form": "cfg_zero"},
     "cfg++": {"guidance_form": "cfg++", "scheduler": "euler", "steps": 20},  # not for samplers of a higher order
 }
+SHIFTS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 CFGPP_SCALES = (0.4, 0.7, 1.0, 1.5, 2.0)  # of CFG++, which moves further for the same scale
 
 
@@ -60,7 +61,7 @@ class Setting(NamedTuple):
 @click.option("--guide", type=LocalPath(), help="A run that was trained for less time.")
 @click.option("--images", default=2000, show_default=True, help="Samples of each setting.")
 @click.option("--timed", default=32, show_default=True, help="Samples that the speed is measured with; 0: no speed.")
-@click.option("--part", type=click.Choice(["samplers", "guidance"]), help="Only one of the two tables.")
+@click.option("--part", type=click.Choice(["samplers", "spacing", "guidance"]), help="Only one table.")
 @click.option("--to", type=LocalPath(), default=Path("runs/sampling"), show_default=True)
 def main(
     file: Path,
@@ -73,7 +74,7 @@ def main(
     to: Path,
 ) -> None:
     config = load_config(file, [*overrides, f"evaluate.images={images}"])
-    tables = {"samplers": list(samplers(config)), "guidance": list(guidance(guide))}
+    tables = {"samplers": list(samplers(config)), "spacing": list(spacing(config)), "guidance": list(guidance(guide))}
     for name in [part] if part else tables:
         kept_file = to / f"{name}.json"
         kept: dict[str, Any] = json.loads(kept_file.read_text()) if kept_file.exists() else {}
@@ -95,6 +96,14 @@ def samplers(config: Config) -> Iterator[Setting]:
     pairs = [(names[0], STEPS[-1]), *((name, steps) for steps in STEPS for name in names)]
     for name, steps in dict.fromkeys(pairs):
         yield Setting(f"{name}, {steps} steps", {"scheduler": name, "steps": steps})
+
+
+def spacing(config: Config) -> Iterator[Setting]:
+    """Yield few steps of UniPC with every shift towards noise; none where the noise schedule has no shift."""
+    for steps in STEPS[:2] if config.noise.schedule == "flow" else ():
+        for shift in SHIFTS:
+            changes = {"scheduler": "unipc", "steps": steps, "shift": shift}
+            yield Setting(f"unipc, {steps} steps, shift {shift:g}", changes)
 
 
 def guidance(guide: Path | None) -> Iterator[Setting]:
@@ -134,7 +143,7 @@ def speed(settings: Sample, run: Path, count: int) -> float:
 
 
 def table(name: str, kept: dict[str, Any]) -> str:
-    """Return a table in Markdown: all settings of `samplers`, the best scale of each form of `guidance`."""
+    """Return a table in Markdown: all settings, but of `guidance` the best scale of each form."""
     if name == "guidance":
         best: dict[str, str] = {}
         for setting, entry in kept.items():
